@@ -1,1 +1,19 @@
-"""report."""
+"""Results a person looks at: figures of data and training, and the report of a run."""
+
+from cellseg.report.plots import (
+    plot_augmentations,
+    plot_confusion_matrix,
+    plot_learning_curves,
+    plot_sample,
+    plot_truth_and_prediction,
+)
+from cellseg.report.style import save_figure
+
+__all__ = [
+    "plot_augmentations",
+    "plot_confusion_matrix",
+    "plot_learning_curves",
+    "plot_sample",
+    "plot_truth_and_prediction",
+    "save_figure",
+]
