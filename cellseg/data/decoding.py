@@ -1,0 +1,115 @@
+"""TIFF and PNG files to arrays of pixels, with errors that say what to do about the file."""
+
+import struct
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import tifffile
+
+from cellseg.errors import DataError
+
+SUFFIXES = (".tif", ".tiff", ".png")
+MAX_PIXELS = 200_000_000
+"""Largest image that is read unless the caller allows more: about 14,000 x 14,000 pixels."""
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_PALETTE = 3
+_TIFF_PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "YCBCR"}
+
+
+def read_pixels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of a one-page TIFF or PNG file as they are stored.
+
+    The size that the file claims is checked before memory is taken for it. Costs what the codec
+    costs: no pixel is touched after decoding, save for TIFFs whose white is stored as 0 (inverted
+    here) or whose colours lie in separate planes (a view).
+
+    Args:
+        path: the file; its content, not its name, tells TIFF from PNG.
+        max_pixels: refuse files that claim more pixels than this.
+
+    Returns:
+        array [H, W] or [H, W, S] of the stored type.
+
+    Raises:
+        DataError: if the file is missing, damaged, of another kind, has several pages or a
+            palette, or is larger than `max_pixels`.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(26)
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check the file") from None
+    if not head:
+        raise DataError(f"{path} is empty (0 bytes); copy it anew from its source")
+    if head.startswith(_PNG_SIGNATURE):
+        return _read_png(path, head, max_pixels)
+    return _read_tiff(path, max_pixels)
+
+
+def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
+    """Return the pixels of a PNG file whose first 26 bytes are `head`."""
+    if len(head) < 26:
+        raise _damaged(path, "the header is cut off")
+    width, height = struct.unpack(">II", head[16:24])
+    _check_size(path, height, width, max_pixels)
+    if head[25] == _PNG_PALETTE:
+        raise DataError(f"{path} is a palette image; save it as grey or RGB")
+    try:
+        return imagecodecs.png_decode(path.read_bytes())
+    except Exception as error:  # whatever a damaged file makes the codec raise
+        raise _damaged(path, error) from error
+
+
+def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
+    """Return the pixels of the only page of a TIFF file."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            if len(tiff.pages) != 1:
+                raise DataError(
+                    f"{path} has {len(tiff.pages)} pages; save the one that is meant as a "
+                    "file of one page"
+                )
+            page = tiff.pages[0]
+            _check_page(path, page, tiff.filehandle.size, max_pixels)
+            pixels = page.asarray()
+            white_is_zero = page.photometric.name == "MINISWHITE"
+            planar = page.axes == "SYX"
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the codec raise
+        raise _damaged(path, error) from error
+    if white_is_zero and pixels.dtype.kind == "u":
+        pixels = ~pixels
+    return np.moveaxis(pixels, 0, -1) if planar else pixels
+
+
+def _check_page(path: Path, page: tifffile.TiffPage, file_size: int, max_pixels: int) -> None:
+    """Raise unless the page is an image that can be decoded without surprises."""
+    _check_size(path, page.imagelength, page.imagewidth, max_pixels)
+    photometric = getattr(page.photometric, "name", str(page.photometric))
+    if photometric not in _TIFF_PHOTOMETRICS:
+        raise DataError(f"{path} stores its colours as {photometric}; save it as grey or RGB")
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise DataError(f"{path} has the axes {page.axes} instead of YX or YXS; save it as 2-D")
+    ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if max(ends, default=0) > file_size:
+        raise _damaged(path, f"the pixels end at byte {max(ends)}, the file at {file_size}")
+
+
+def _check_size(path: Path, height: int, width: int, max_pixels: int) -> None:
+    """Raise unless 1 <= height * width <= max_pixels."""
+    if height < 1 or width < 1:
+        raise DataError(f"{path} claims {height} x {width} pixels; copy it anew from its source")
+    if height * width > max_pixels:
+        raise DataError(
+            f"{path} claims {height} x {width} pixels, more than the limit of {max_pixels:,}; "
+            "cut it into pieces, or raise max_pixels"
+        )
+
+
+def _damaged(path: Path, reason: object) -> DataError:
+    """Return the error for a file that cannot be decoded."""
+    return DataError(f"{path} is damaged or not an image ({reason}); copy it anew from its source")

@@ -1,0 +1,331 @@
+"""Sample folders to arrays: the image, and every cell of its instance maps.
+
+A sample folder holds `image.tif` and one map for each class that occurs, `class1.tif`,
+`class2.tif`, ... (or .tiff, .png). In a map 0 is background and any other value is the id of a
+cell; a class owns its ids, so the same id in two maps means two cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cellseg.data.decoding import MAX_PIXELS, SUFFIXES, read_pixels
+from cellseg.errors import DataError
+
+CLASS_NAMES = ("epithelial", "lymphocyte", "neutrophil", "macrophage")
+MAX_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of one sample folder.
+
+    Attributes:
+        folder: the folder itself; its name is the sample_id.
+        image: path of the image.
+        maps: label 1..C -> path of that class's map; classes without a file are absent.
+    """
+
+    folder: Path
+    image: Path
+    maps: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files, the image first, then the maps by label."""
+        return [self.image, *self.maps.values()]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """All cells of one sample, ordered by class and then by id in the class's map.
+
+    Attributes:
+        boxes: float32 [N, 4], xyxy, half-open, pixels.
+        labels: int64 [N], 1..C.
+        ids: int64 [N], the id in the class's own map.
+        areas: int64 [N], pixels.
+        instance_map: int32 [L, H, W]; k + 1 marks instance k, 0 is nothing. A second layer
+            exists only where cells of different classes overlap.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    areas: np.ndarray
+    instance_map: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of equal id along the rows of one map, in raster order, background left out.
+
+    `starts` and `stops` are positions in the flattened map (a run never crosses rows), `ids` the
+    run's id.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    ids: np.ndarray
+
+
+def find_sample_files(folder: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> SampleFiles:
+    """Return the image and the maps of a sample folder, without opening them.
+
+    Files that are neither `image.*` nor `class*.*`, and hidden files, are passed over.
+
+    Raises:
+        DataError: if the folder is missing, has no image, has the same file as TIFF and PNG, or
+            holds a class file that no class name stands for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; check the path of the data")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        stem = path.stem.lower()
+        if stem in found:
+            raise DataError(
+                f"{folder} holds both {found[stem].name} and {path.name}; remove the one that is "
+                "not meant"
+            )
+        found[stem] = path
+    image = found.pop("image", None)
+    if image is None:
+        raise DataError(f"{folder} holds no image.tif or image.png; add it or remove the folder")
+    labels = {f"class{label}": label for label in range(1, len(class_names) + 1)}
+    for stem, path in found.items():
+        if stem.startswith("class") and stem not in labels:
+            raise DataError(
+                f"{path} is an unknown class file: {len(class_names)} class names are set, for "
+                f"class1 to class{len(class_names)}; add its name or remove the file"
+            )
+    maps = {label: found[stem] for stem, label in labels.items() if stem in found}
+    return SampleFiles(folder, image, maps)
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return an image as RGB.
+
+    Grey images get three equal channels; an alpha channel is dropped. Values of 16-bit images are
+    divided by the full scale of the camera, taken to be the smallest of 255, 4095 (12 bit) and
+    65535 that no value exceeds, times 255, rounded to the nearest. Values of float images must
+    lie in 0-1 and are multiplied by 255.
+
+    Args:
+        path: TIFF or PNG file of one page.
+        max_pixels: refuse files that claim more pixels than this.
+
+    Returns:
+        uint8 array [H, W, 3], in the order in which the channels are stored. It is a view on
+        planes [3, H, W], so that going to a torch image copies nothing.
+
+    Raises:
+        DataError: if the file cannot be read or is not an image of 8 or 16 bit or 0-1.
+    """
+    pixels = read_pixels(path, max_pixels=max_pixels)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] not in (1, 2, 3, 4):
+        raise DataError(f"{path} has {pixels.shape[2]} channels; save it as grey, RGB or RGBA")
+    pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path)
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    for channel in range(3):
+        planes[channel] = pixels[..., channel % pixels.shape[2]]
+    return planes.transpose(1, 2, 0)
+
+
+def _to_uint8(pixels: np.ndarray, path: str | Path) -> np.ndarray:
+    """Return pixels of 8 or 16 bit, or floats in 0-1, as uint8 (rule: see `read_image`)."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.uint16:
+        highest = int(pixels.max())
+        scale = next(full for full in (255, 4095, 65535) if highest <= full)
+        return ((pixels.astype(np.uint32) * 255 + scale // 2) // scale).astype(np.uint8)
+    if pixels.dtype.kind == "f":
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise DataError(
+                f"{path} is a float image with values from {pixels.min():g} to {pixels.max():g}; "
+                "scale it to 0-1 or save it as 8 bit"
+            )
+        return np.rint(pixels * 255).astype(np.uint8)
+    raise DataError(f"{path} stores its pixels as {pixels.dtype}; save it with 8 or 16 bit")
+
+
+def read_instance_ids(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return one class's map of ids, whatever type the file stores them in.
+
+    Returns:
+        int32 array [H, W], 0 for background.
+
+    Raises:
+        DataError: if the file cannot be read, is not a single plane, or holds an id that is
+            negative, fractional, not a number or above 2**31 - 1.
+    """
+    runs, shape = _read_runs(path, max_pixels)
+    ids = np.zeros(shape, np.int32)
+    ids.ravel()[_positions(runs)] = np.repeat(runs.ids, runs.stops - runs.starts)
+    return ids
+
+
+def count_cells(files: SampleFiles, num_labels: int) -> list[int]:
+    """Return the number of cells of each class 1..num_labels, without decoding the image."""
+    counts = [0] * num_labels
+    for label, path in files.maps.items():
+        counts[label - 1] = len(np.unique(_read_runs(path, MAX_PIXELS)[0].ids))
+    return counts
+
+
+def _read_runs(path: str | Path, max_pixels: int) -> tuple[_Runs, tuple[int, int]]:
+    """Return the runs and the shape [H, W] of a map, its ids checked.
+
+    One comparison of neighbours finds the runs; all else costs as much as there are runs.
+    """
+    pixels = read_pixels(path, max_pixels=max_pixels)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2 or pixels.dtype.kind not in "biuf":
+        raise DataError(
+            f"{path} holds {' x '.join(map(str, pixels.shape))} values of {pixels.dtype}; an "
+            "instance map is a single plane of numbers, 0 for background"
+        )
+    height, width = pixels.shape
+    flat = pixels.ravel()
+    changes = np.empty(flat.size, bool)
+    np.not_equal(flat[1:], flat[:-1], out=changes[1:])
+    changes[::width] = True
+    starts = np.flatnonzero(changes)
+    values = flat[starts]
+    stops = np.append(starts[1:], flat.size)
+    cells = values != 0
+    starts, stops, values = starts[cells], stops[cells], values[cells]
+    _check_ids(path, values, starts, width)
+    return _Runs(starts, stops, values.astype(np.int64)), (height, width)
+
+
+def _check_ids(path: str | Path, values: np.ndarray, starts: np.ndarray, width: int) -> None:
+    """Raise for the first value that cannot be an id; `starts` says where each value lies."""
+    good = (values > 0) & (values <= MAX_ID)
+    if values.dtype.kind == "f":
+        good &= values == np.floor(values)
+    if good.all():
+        return
+    first = int(np.argmin(good))
+    row, column = divmod(int(starts[first]), width)
+    raise DataError(
+        f"{path} holds the id {values[first]} at row {row}, column {column}; ids are whole "
+        f"numbers from 1 to {MAX_ID}, 0 is background: write the map anew"
+    )
+
+
+def _positions(runs: _Runs) -> np.ndarray:
+    """Return the position of every pixel of the runs in the flattened map, run after run."""
+    lengths = runs.stops - runs.starts
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(runs.starts - (ends - lengths), lengths)
+
+
+def read_instances(
+    files: SampleFiles, shape: tuple[int, int], *, max_pixels: int = MAX_PIXELS
+) -> Instances:
+    """Return all cells of a sample whose image has the given shape [H, W].
+
+    Costs one pass over each map's pixels, whatever the number of cells.
+
+    Raises:
+        DataError: as `read_instance_ids`, and if a map is not of the image's size.
+    """
+    parts = []
+    layers = [np.zeros(shape, np.int32)]
+    count = 0
+    for label, path in files.maps.items():
+        runs, map_shape = _read_runs(path, max_pixels)
+        if map_shape != shape:
+            raise DataError(
+                f"{path} has {map_shape[0]} x {map_shape[1]} pixels, {files.image.name} has "
+                f"{shape[0]} x {shape[1]} (height x width); both must be of the same size"
+            )
+        ids, index = np.unique(runs.ids, return_inverse=True)
+        _draw(layers, runs, index + count + 1)
+        boxes, areas = _measure(runs, index, len(ids), shape[1])
+        parts.append((boxes, np.full(len(ids), label, np.int64), ids, areas))
+        count += len(ids)
+    empty = (np.zeros((0, 4), np.float32), *(np.zeros(0, np.int64) for _ in range(3)))
+    boxes, labels, ids, areas = (np.concatenate(p) for p in zip(empty, *parts, strict=True))
+    return Instances(boxes, labels, ids, areas, np.stack(layers) if layers[1:] else layers[0][None])
+
+
+def _measure(
+    runs: _Runs, index: np.ndarray, count: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return half-open boxes float32 [count, 4] and areas int64 [count] from the runs.
+
+    `index` 0..count-1 says whose run it is.
+    """
+    lengths = runs.stops - runs.starts
+    y, x = np.divmod(runs.starts, width)
+    low = np.full((2, count), np.iinfo(np.int64).max)
+    high = np.zeros((2, count), np.int64)
+    np.minimum.at(low[0], index, x)
+    np.minimum.at(low[1], index, y)
+    np.maximum.at(high[0], index, x + lengths)
+    np.maximum.at(high[1], index, y + 1)
+    areas = np.bincount(index, weights=lengths, minlength=count).astype(np.int64)
+    return np.concatenate([low, high]).T.astype(np.float32), areas
+
+
+def _draw(layers: list[np.ndarray], runs: _Runs, marks: np.ndarray) -> None:
+    """Write each run's mark into the first layer where the whole cell is free, adding layers.
+
+    Cells of one map never overlap each other, so that the number of layers is at most the number
+    of classes.
+    """
+    lengths = runs.stops - runs.starts
+    positions, pixels = _positions(runs), np.repeat(marks.astype(np.int32), lengths)
+    depth = 0
+    while len(positions):
+        if depth == len(layers):
+            layers.append(np.zeros_like(layers[0]))
+        flat = layers[depth].ravel()
+        taken = flat[positions] != 0
+        if not taken.any():
+            flat[positions] = pixels
+            return
+        waits = np.isin(pixels, np.unique(pixels[taken]))
+        flat[positions[~waits]] = pixels[~waits]
+        positions, pixels = positions[waits], pixels[waits]
+        depth += 1
+
+
+def read_sample(
+    folder: str | Path | SampleFiles,
+    class_names: Sequence[str] = CLASS_NAMES,
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the image and the target of a sample folder.
+
+    Args:
+        folder: the folder, or its files as `find_sample_files` returned them.
+        class_names: one name for each of class1, class2, ...
+        max_pixels: refuse files that claim more pixels than this.
+
+    Returns:
+        uint8 image [H, W, 3], channels in stored order, and the target without `image_id`:
+        `boxes` float32 [N, 4] xyxy half-open, `labels` int64 [N], `instance_map` int32 [L, H, W]
+        (see `Instances`). Without cells N is 0 and the map one layer of zeros.
+
+    Raises:
+        DataError: naming the file, the value and the remedy.
+    """
+    files = folder if isinstance(folder, SampleFiles) else find_sample_files(folder, class_names)
+    image = read_image(files.image, max_pixels=max_pixels)
+    cells = read_instances(files, image.shape[:2], max_pixels=max_pixels)
+    target = {"boxes": cells.boxes, "labels": cells.labels, "instance_map": cells.instance_map}
+    return image, target
