@@ -19,7 +19,10 @@ SHARES = (0.38, 0.38, 0.12, 0.12)
 DENSITY = 6.5e-4
 """Cells a pixel: about 43 in an image of 256 x 256."""
 _SPREADS = (0.22, 0.15, 0.12, 0.20)  # standard deviation of log(area)
-_STAINS = ((0.60, 0.68, 0.37), (0.17, 0.84, 0.50), (0.12, 0.80, 0.78))  # H, E, red cells: R, G, B
+_LOSSES = (1.10, 1.05, 1.06, 1.12)  # drawn larger by this, for what neighbours and borders take
+_CLING = (0.45, 0.60, 0.15, 0.25)  # share of cells that are put beside one of their class
+_STRAY = (0.05, 0.15, 0.40, 0.50)  # share of the others that lie anywhere
+_STAINS = ((0.56, 0.74, 0.36), (0.16, 0.85, 0.49), (0.12, 0.80, 0.78))  # H, E, red cells: R, G, B
 
 
 @dataclass
@@ -52,9 +55,10 @@ class _Patch:
         return np.clip(self.depth / softness + 0.5, 0, 1)
 
 
-def _noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float | Sequence[float]):
+def _noise(rng: np.random.Generator, shape, sigma, mode: str = "reflect") -> np.ndarray:
     """Return smooth noise [H, W] with zero mean and unit variance."""
-    noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
+    grain = rng.standard_normal(shape, dtype=np.float32)
+    noise = ndimage.gaussian_filter(grain, sigma, mode=mode)
     return (noise - noise.mean()) / max(float(noise.std()), 1e-6)
 
 
@@ -73,14 +77,14 @@ def _outline(canvas, centre, area, *, ratio=1.0, angle=0.0, wobble=0.03) -> _Pat
     theta = np.arctan2(across, along)
     edge = minor / np.sqrt((np.cos(theta) / ratio) ** 2 + np.sin(theta) ** 2)
     for order, phase in zip((2, 3, 4, 5), rng.uniform(0, 2 * np.pi, 4), strict=True):
-        edge = edge * (1 + wobble * rng.uniform(0.3, 1.0) * np.cos(order * theta + phase))
+        edge *= 1 + 2 * wobble / order * rng.uniform(0.5, 1.0) * np.cos(order * theta + phase)
     depth = (edge - np.hypot(along, across)).astype(np.float32)
     return _Patch((rows, cols), across, along, depth, float(minor))
 
 
-def _blend(canvas: _Canvas, patch: _Patch, cover: np.ndarray, *amounts) -> None:
+def _blend(canvas: _Canvas, patch: _Patch, cover: np.ndarray, haem, eosin, red=0.0) -> None:
     """Put amounts of haematoxylin, eosin and red-cell pigment over what lies there."""
-    for stain, amount in zip(canvas.stains, amounts, strict=False):
+    for stain, amount in zip(canvas.stains, (haem, eosin, red), strict=True):
         stain[patch.window] += cover * (amount - stain[patch.window])
 
 
@@ -111,40 +115,41 @@ def _neutrophil(canvas: _Canvas, patch: _Patch, cover: np.ndarray) -> None:
     """A pale pink, grainy body with three or four dark lobes on an arc."""
     fine, _ = _texture(canvas, patch)
     rng = canvas.rng
-    _blend(canvas, patch, cover, 0.10 + 0.03 * fine, 0.48 + 0.14 * fine, 0.10)
+    _blend(canvas, patch, cover, 0.10 + 0.03 * fine, 0.38 + 0.12 * fine, 0.05)
     rim = np.exp(-(((patch.depth - 1.0) / 1.1) ** 2)) * cover
-    canvas.stains[1][patch.window] += 0.30 * rim
+    canvas.stains[1][patch.window] += 0.25 * rim
     lobes, start = int(rng.integers(3, 5)), rng.uniform(0, 2 * np.pi)
-    turns = start + np.arange(lobes) * rng.uniform(1.25, 1.55)
-    size, ring = patch.radius * 0.33, patch.radius * 0.50
+    turns = start + np.cumsum(rng.uniform(1.1, 1.7, lobes))
     near = np.full(patch.depth.shape, np.inf, np.float32)
     for turn in turns:
-        stretch = rng.uniform(0.85, 1.15)
+        ring, size = patch.radius * rng.uniform([0.42, 0.26], [0.62, 0.36])
         y, x = patch.y - ring * np.sin(turn), patch.x - ring * np.cos(turn)
-        near = np.minimum(near, np.hypot(y, x) - size * stretch)
-    swept = np.mod(np.arctan2(patch.y, patch.x) - start, 2 * np.pi) < turns[-1] - start
-    strand = np.where(swept, np.abs(np.hypot(patch.y, patch.x) - ring) - 1.0, np.inf)
-    lobed = np.clip(0.5 - np.minimum(near, strand) / 1.5, 0, 1) * cover
-    _blend(canvas, patch, lobed, 1.55 + 0.10 * fine, 0.25)
+        out, round_ = y * np.sin(turn) + x * np.cos(turn), y * np.cos(turn) - x * np.sin(turn)
+        near = np.minimum(near, np.hypot(out * rng.uniform(1.0, 1.5), round_) - size)
+    swept = np.mod(np.arctan2(patch.y, patch.x) - turns[0], 2 * np.pi) < turns[-1] - turns[0]
+    strand = np.abs(np.hypot(patch.y, patch.x) - 0.5 * patch.radius) - 1.0
+    lobed = np.clip(0.5 - np.minimum(near, np.where(swept, strand, np.inf)) / 1.5, 0, 1) * cover
+    _blend(canvas, patch, lobed, 1.45 + 0.10 * fine, 0.25)
 
 
 def _macrophage(canvas: _Canvas, patch: _Patch, cover: np.ndarray) -> None:
     """Large, pale and foamy, irregular, with an eccentric bean-shaped nucleus."""
     fine, coarse = _texture(canvas, patch)
     rng = canvas.rng
-    foam = np.clip(0.5 + 0.9 * fine + 0.4 * coarse, 0, 1)
-    _blend(canvas, patch, cover, 0.07 + 0.11 * foam, 0.10 + 0.16 * foam, 0.0)
+    foam, pallor = 0.5 + 0.25 * np.tanh(1.3 * fine) + 0.25 * coarse, rng.uniform(0.8, 1.3)
+    _blend(canvas, patch, cover, 0.06 + 0.16 * pallor * foam, 0.12 + 0.24 * pallor * foam)
     rim = np.exp(-(((patch.depth - 1.2) / 1.2) ** 2)) * cover
-    canvas.stains[0][patch.window] += 0.13 * rim
-    canvas.stains[1][patch.window] += 0.20 * rim
+    canvas.stains[0][patch.window] += 0.16 * rim
+    canvas.stains[1][patch.window] += 0.26 * rim
     size, turn = patch.radius * rng.uniform(0.36, 0.44), rng.uniform(0, 2 * np.pi)
-    y, x = patch.radius * 0.36 * np.sin(turn), patch.radius * 0.36 * np.cos(turn)
-    bean = np.hypot((patch.y - y) * 1.25, patch.x - x) - size
-    notch = size * 0.7 - np.hypot(patch.y - y - size * 1.05, patch.x - x)
+    out = patch.y * np.sin(turn) + patch.x * np.cos(turn) - patch.radius * rng.uniform(0.2, 0.45)
+    side = patch.y * np.cos(turn) - patch.x * np.sin(turn)
+    bean = np.hypot(out * rng.uniform(1.1, 1.4), side) - size
+    notch = size * 0.6 - np.hypot(out + size * rng.uniform(1.0, 1.3), side)
     depth = -np.maximum(bean, notch)
     nucleus = np.clip(depth / 1.6 + 0.5, 0, 1) * cover
     rim = np.exp(-(((depth - 1.2) / 1.3) ** 2))
-    _blend(canvas, patch, nucleus, 0.62 + 0.10 * fine + 0.10 * coarse + 0.35 * rim, 0.30)
+    _blend(canvas, patch, nucleus, 0.60 + 0.10 * fine + 0.10 * coarse + 0.35 * rim, 0.30)
 
 
 _PAINTERS: tuple[Callable[[_Canvas, _Patch, np.ndarray], None], ...] = (
@@ -153,14 +158,16 @@ _PAINTERS: tuple[Callable[[_Canvas, _Patch, np.ndarray], None], ...] = (
     _neutrophil,
     _macrophage,
 )
-_RATIOS = ((1.15, 1.6), (1.0, 1.25), (1.0, 1.12), (1.0, 1.35))
-_WOBBLES = (0.03, 0.03, 0.025, 0.07)
+_RATIOS = ((1.15, 1.7), (1.0, 1.35), (1.0, 1.15), (1.0, 1.45))
+_WOBBLES = (0.05, 0.04, 0.03, 0.11)
 
 
 def _place_cell(canvas: _Canvas, kind: int, centre, angle: float) -> bool:
     """Draw a cell if at most a tenth of it falls on cells that lie there; say whether it did."""
     rng = canvas.rng
-    area = AREAS[kind] * np.exp(_SPREADS[kind] * np.clip(rng.standard_normal(), -2, 2))
+    area = (
+        AREAS[kind] * _LOSSES[kind] * np.exp(_SPREADS[kind] * np.clip(rng.standard_normal(), -2, 2))
+    )
     ratio = rng.uniform(*_RATIOS[kind])
     patch = _outline(canvas, centre, area, ratio=ratio, angle=angle, wobble=_WOBBLES[kind])
     mine, taken = patch.depth > 0, canvas.ids[patch.window] > 0
@@ -206,8 +213,8 @@ def _plan(rng: np.random.Generator, shape, cells: float) -> dict[int, list[_Stru
 
     glands = [somewhere(rng.uniform(30, 48), True) for _ in range(max(1, round(cells / 40)))]
     return {
-        0: glands + heaps(cells / 60, 30, 50),
-        1: heaps(cells / 30, 25, 45),
+        0: glands + heaps(cells / 60, 25, 45),
+        1: heaps(cells / 40, 18, 32),
         2: heaps(cells / 40, 20, 45),
         3: heaps(cells / 25, 30, 60),
     }
@@ -219,7 +226,7 @@ def _background(rng: np.random.Generator, shape, glands: Sequence[_Structure]) -
     y, x = np.mgrid[:height, :width].astype(np.float32)
     bend, turn = 14 * _noise(rng, shape, 30), rng.uniform(0, np.pi)
     size = int(1.5 * np.hypot(height, width)) + 1
-    grain = _noise(rng, (size, size), (1.3, 11))
+    grain = _noise(rng, (size, size), (1.3, 11), mode="wrap")
     across = np.mod(y * np.cos(turn) - x * np.sin(turn) + bend, size)
     along = np.mod(y * np.sin(turn) + x * np.cos(turn) + bend, size)
     fibres = ndimage.map_coordinates(grain, [across, along], order=1, mode="grid-wrap")
@@ -229,9 +236,9 @@ def _background(rng: np.random.Generator, shape, glands: Sequence[_Structure]) -
     haem = (0.10 + 0.05 * _noise(rng, shape, 12) + 0.03 * fibres) * (1 - 0.9 * cleft)
     red = 0.06 * np.clip(patches, 0, 2)
     for gland in glands:
-        far = np.hypot(y - gland.y, x - gland.x) + 5 * patches
-        body = np.clip((gland.radius + 20 - far) / 3, 0, 1)
-        lumen = np.clip((gland.radius - 15 - far) / 3, 0, 1) if gland.gland else 0
+        far = np.hypot(y - gland.y, x - gland.x) + 6 * patches
+        body = np.clip((gland.radius + 22 - far) / 8, 0, 1)
+        lumen = np.clip((gland.radius - 15 - far) / 5, 0, 1) if gland.gland else 0
         haem += body * (0.26 + 0.05 * fibres - haem)
         eosin += body * (0.42 + 0.06 * fibres - eosin)
         haem, eosin = haem * (1 - 0.93 * lumen), eosin * (1 - 0.90 * lumen)
@@ -264,8 +271,8 @@ def _fibroblast(canvas: _Canvas, patch: _Patch) -> None:
 
 def _red_cell(canvas: _Canvas, patch: _Patch) -> None:
     """A smooth red disc, paler in the middle."""
-    depth = np.minimum(patch.depth / patch.radius, 0.6)
-    _blend(canvas, patch, patch.cover(), 0.05, 0.35, 0.75 - 0.35 * np.maximum(depth, 0))
+    dip = np.clip(patch.depth / patch.radius, 0, 0.7)
+    _blend(canvas, patch, patch.cover(), 0.04, 0.30, 0.85 - 0.45 * dip)
 
 
 def make_tissue(
@@ -307,17 +314,20 @@ def make_tissue(
 
 
 def _fill(canvas: _Canvas, kind: int, structures: Sequence[_Structure], wanted: int) -> None:
-    """Place cells of one class, most in their structures, the rest anywhere."""
-    rng, placed = canvas.rng, 0
-    stray = (0.0, 0.2, 0.4, 0.5)[kind]
+    """Place cells of one class: beside each other, in their structures, the rest anywhere."""
+    rng, placed = canvas.rng, []
     for attempt in range(30 * wanted):
-        if placed == wanted:
+        if len(placed) == wanted:
             return
-        home = structures[rng.integers(len(structures))]
-        y, x, angle = home.draw(rng)
-        if rng.uniform() < stray or attempt > 15 * wanted:
+        y, x, angle = structures[rng.integers(len(structures))].draw(rng)
+        if attempt > 15 * wanted or rng.uniform() < _STRAY[kind]:
             y, x = (rng.uniform(0, side) for side in canvas.ids.shape)
-        placed += _place_cell(canvas, kind, (y, x), angle)
+        elif placed and rng.uniform() < _CLING[kind]:
+            y, x, angle = placed[rng.integers(len(placed))]
+            turn, gap = rng.uniform(0, 2 * np.pi), np.sqrt(AREAS[kind]) * rng.uniform(0.95, 1.3)
+            y, x, angle = y + gap * np.sin(turn), x + gap * np.cos(turn), angle + rng.normal(0, 0.3)
+        if _place_cell(canvas, kind, (y, x), angle):
+            placed.append((y, x, angle))
 
 
 def _develop(rng: np.random.Generator, stains: np.ndarray) -> np.ndarray:
