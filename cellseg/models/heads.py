@@ -1,0 +1,225 @@
+"""RPN and RoI heads that read instance maps; torchvision's, where they need not differ.
+
+What differs: anchors are matched by touching pairs (`matching`), mask targets are sampled from
+the instance map (`mask_targets`), masks leave as RoI-sized probabilities, made in chunks, and
+whatever feeds a box or a loss is float32, so that the rest can run in lower precision.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from cellseg.models.mask_targets import sample_mask_targets
+from cellseg.models.matching import BETWEEN, AnchorGrid, match_anchors
+
+MASKS_AT_ONCE = 256  # RoIs that the mask head sees together in evaluation; bounds its memory
+
+
+class Float32Anchors(AnchorGenerator):
+    """Anchors in float32 whatever the features' precision: bfloat16 has no odd pixel past 256."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Keep the anchors in float32."""
+        super().set_cell_anchors(torch.float32, device)
+
+
+class Float32RPNHead(RPNHead):
+    """RPN head whose scores and offsets leave as float32."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return objectness and box offsets of each level."""
+        objectness, offsets = super().forward(x)
+        return [level.float() for level in objectness], [level.float() for level in offsets]
+
+
+class Float32BoxPredictor(FastRCNNPredictor):
+    """Class scores and box offsets that leave as float32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class logits [K, C] and box offsets [K, 4 C]."""
+        logits, offsets = super().forward(x)
+        return logits.float(), offsets.float()
+
+
+class CellRPN(RegionProposalNetwork):
+    """Region proposal network that matches anchors at the cost of touching pairs."""
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return proposals of each image, and losses in training; see torchvision's RPN."""
+        if targets is not None:
+            grids = self._grids(images, features)
+            targets = [target | {"anchor_grids": grids} for target in targets]
+        return super().forward(images, features, targets)
+
+    def _grids(self, images: ImageList, features: dict[str, Tensor]) -> list[AnchorGrid]:
+        """Return the grid of each level, as the anchor generator lays it."""
+        height, width = images.tensors.shape[-2:]
+        return [
+            AnchorGrid(
+                shapes, *level.shape[-2:], height // level.shape[-2], width // level.shape[-1]
+            )
+            for shapes, level in zip(
+                self.anchor_generator.cell_anchors, features.values(), strict=True
+            )
+        ]
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Any]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return labels (1 cell, 0 background, -1 ignored) and matched boxes of all anchors."""
+        labels, matched_boxes = [], []
+        for image_anchors, target in zip(anchors, targets, strict=True):
+            boxes = target["boxes"]
+            matches = match_anchors(
+                boxes,
+                image_anchors,
+                target["anchor_grids"],
+                foreground_iou=self.proposal_matcher.high_threshold,
+                background_iou=self.proposal_matcher.low_threshold,
+            )
+            label = (matches >= 0).float()
+            labels.append(label.masked_fill_(matches == BETWEEN, -1))
+            boxes = boxes if len(boxes) else boxes.new_zeros((1, 4))
+            matched_boxes.append(boxes[matches.clamp(min=0)])
+        return labels, matched_boxes
+
+
+class CellRoIHeads(RoIHeads):
+    """Box and mask heads trained from instance maps."""
+
+    def check_targets(self, targets: list[dict[str, Any]] | None) -> None:
+        """Raise ValueError unless every target has what the losses need."""
+        if targets is None:
+            raise ValueError("training needs targets")
+        for target in targets:
+            missing = {"boxes", "labels", "instance_map", "map_scale"} - target.keys()
+            if missing:
+                raise ValueError(f"a target has no {', '.join(sorted(missing))}")
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return detections in evaluation, losses in training.
+
+        Args:
+            features: FPN levels by name.
+            proposals: xyxy [K, 4] of each image, in network pixels.
+            image_shapes: (height, width) of each image in network pixels.
+            targets: `boxes`, `labels`, `instance_map`, `map_scale` of each image.
+
+        Returns:
+            list of {boxes (N, 4), labels (N,), scores (N,), masks (N, 1, M, M)} and an empty
+            dict; or an empty list and the losses of classes, boxes and masks.
+        """
+        if self.training:
+            return [], self._losses(features, proposals, image_shapes, targets)
+        return self._detections(features, proposals, image_shapes), {}
+
+    def _losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None,
+    ) -> dict[str, Tensor]:
+        """Return the losses of sampled RoIs."""
+        rois, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        pooled = self.box_roi_pool(features, rois, image_shapes)
+        logits, predicted_offsets = self.box_predictor(self.box_head(pooled))
+        loss_classifier, loss_box = fastrcnn_loss(logits, predicted_offsets, labels, offsets)
+        positive = [torch.where(label > 0)[0] for label in labels]
+        rois = [boxes[chosen] for boxes, chosen in zip(rois, positive, strict=True)]
+        matched = [index[chosen] for index, chosen in zip(matched, positive, strict=True)]
+        mask_labels = torch.cat(
+            [label[chosen] for label, chosen in zip(labels, positive, strict=True)]
+        )
+        mask_logits = self._mask_logits(features, rois, image_shapes)
+        loss_mask = self._mask_loss(mask_logits, rois, matched, mask_labels, targets)
+        return {
+            "loss_classifier": loss_classifier,
+            "loss_box_reg": loss_box,
+            "loss_mask": loss_mask,
+        }
+
+    def _mask_logits(
+        self, features: dict[str, Tensor], rois: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Return float32 mask logits [K, C, M, M] of all RoIs."""
+        pooled = self.mask_roi_pool(features, rois, image_shapes)
+        return self.mask_predictor(self.mask_head(pooled)).float()
+
+    def _mask_loss(
+        self,
+        logits: Tensor,
+        rois: list[Tensor],
+        matched: list[Tensor],
+        labels: Tensor,
+        targets: list[dict[str, Any]],
+    ) -> Tensor:
+        """Return the mean binary cross-entropy of the mask of each RoI's own class."""
+        if len(labels) == 0:
+            return logits.sum() * 0  # keeps every parameter in the graph
+        mask_targets = torch.cat(
+            [
+                sample_mask_targets(
+                    target["instance_map"],
+                    index,
+                    boxes * boxes.new_tensor(target["map_scale"] * 2),
+                    logits.shape[-1],
+                )
+                for target, index, boxes in zip(targets, matched, rois, strict=True)
+            ]
+        )
+        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(chosen, mask_targets)
+
+    def _detections(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each image, best score first."""
+        pooled = self.box_roi_pool(features, proposals, image_shapes)
+        logits, offsets = self.box_predictor(self.box_head(pooled))
+        results = []
+        for index, (boxes, scores, labels) in enumerate(
+            zip(*self.postprocess_detections(logits, offsets, proposals, image_shapes), strict=True)
+        ):
+            one_image = OrderedDict(
+                (name, level[index : index + 1]) for name, level in features.items()
+            )
+            masks = [
+                self._mask_probabilities(one_image, some, classes, image_shapes[index])
+                for some, classes in zip(
+                    boxes.split(MASKS_AT_ONCE), labels.split(MASKS_AT_ONCE), strict=True
+                )
+            ]
+            results.append(
+                {"boxes": boxes, "labels": labels, "scores": scores, "masks": torch.cat(masks)}
+            )
+        return results
+
+    def _mask_probabilities(
+        self, features: dict[str, Tensor], boxes: Tensor, labels: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        """Return [K, 1, M, M] in 0-1: the mask of each box's class."""
+        logits = self._mask_logits(features, [boxes], [shape])
+        return logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()[:, None]
