@@ -19,6 +19,7 @@ from cellseg.coco import Record, Rle, record_order, sort_records
 from cellseg.rle import decode_counts
 
 CELL_SIDES = 1.5  # side of a grid cell in median box sides: fewest pairs to look at (measured)
+MAX_CELLS = 8  # grid cells that a box may cover in the mean
 
 
 def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
@@ -187,10 +188,7 @@ def box_neighbours(
     solid = np.flatnonzero((sides > 0).all(axis=1))
     if len(solid) < 2:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    cell = CELL_SIDES * max(float(np.median(sides[solid])), 1.0)
-    grid = (boxes[solid] - np.tile(boxes[solid, :2].min(axis=0), 2)) / cell
-    low = np.floor(grid[:, :2]).astype(np.int64)
-    high = np.maximum(np.ceil(grid[:, 2:]).astype(np.int64), low + 1)
+    low, high = _grid_spans(boxes[solid], float(np.median(sides[solid])))
     box, column, row = _covered_cells(low, high)
     group = np.zeros(len(solid), dtype=np.int64)
     if groups is not None:
@@ -206,6 +204,19 @@ def box_neighbours(
     i, j = solid[box[a[once]]], solid[box[b[once]]]
     overlap = np.logical_and(*(shared > 0 for shared in _shared_sides(boxes, i, j)))
     return i[overlap], j[overlap]
+
+
+def _grid_spans(boxes: np.ndarray, median_side: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first grid cell (column, row) of each box, and the one past its last."""
+    origin = np.tile(boxes[:, :2].min(axis=0), 2)
+    cell = CELL_SIDES * max(median_side, 1.0)
+    while True:
+        grid = (boxes - origin) / cell
+        low = np.floor(grid[:, :2]).astype(np.int64)
+        high = np.maximum(np.ceil(grid[:, 2:]).astype(np.int64), low + 1)
+        if (high - low).prod(axis=1).sum() <= MAX_CELLS * len(boxes):
+            return low, high
+        cell *= 2  # many boxes far larger than the median: a coarser grid
 
 
 def _shared_sides(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[np.ndarray]:
