@@ -1,0 +1,165 @@
+"""Batches for training and validation whose order is a function of (seed, epoch)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cellseg.data.dataset import CellDataset
+from cellseg.errors import SettingsError
+
+SamplerName = Literal["shuffle", "log_balanced"]
+
+
+class EpochSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of keys `(index, epoch, draw)`; the order is a function of (seed, epoch).
+
+    An epoch has `draws_per_image` draws of each image, or, with weights, as many draws with
+    replacement. The last batch may be smaller; no image is lost. `draw` numbers the draws of an
+    image within the epoch, so that each gets a crop of its own.
+
+    Attributes:
+        epoch: the epoch that the next iteration gives.
+        start_batch: the batch of it to begin with.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        draws_per_image: int = 1,
+    ) -> None:
+        """Begin at batch 0 of epoch 0.
+
+        Args:
+            num_images: images to draw from.
+            batch_size: keys a batch.
+            seed: of the order, 0 or more.
+            weights: draw with replacement, images in proportion to these; None to shuffle.
+            draws_per_image: draws an epoch, divided by `num_images`.
+
+        Raises:
+            SettingsError: if `batch_size` or `draws_per_image` is below 1.
+        """
+        for name, value in (("batch_size", batch_size), ("draws_per_image", draws_per_image)):
+            if value < 1:
+                raise SettingsError(f"{name} is {value}; it must be 1 or more")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        self.draws_per_image = draws_per_image
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, and the batch to begin with."""
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch, wherever the next iteration begins."""
+        return -(-self.num_images * self.draws_per_image // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield the epoch's batches from `start_batch` on."""
+        keys = self._keys()
+        for first in range(self.start_batch * self.batch_size, len(keys), self.batch_size):
+            yield keys[first : first + self.batch_size]
+
+    def _keys(self) -> list[tuple[int, int, int]]:
+        """Return all keys of the epoch, in order."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = self.num_images * self.draws_per_image
+        if self.weights is None:
+            draws, indices = np.divmod(rng.permutation(total), self.num_images)
+        else:
+            share = self.weights / self.weights.sum()
+            draws, indices = np.arange(total), rng.choice(self.num_images, total, p=share)
+        return [(int(i), self.epoch, int(d)) for i, d in zip(indices, draws, strict=True)]
+
+
+def log_balanced_weights(class_counts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return a weight for each image that favours images of rare classes.
+
+    The weight is the mean over the image's cells of log1p(cells of the largest class / cells of
+    the cell's class), counted over all images. An image without cells gets the smallest weight
+    of the others, so that negatives are still seen.
+
+    Args:
+        class_counts: for each image the number of cells of each class, [images, C].
+
+    Returns:
+        float64 array [images], all above 0; all 1 if there are no cells at all.
+    """
+    counts = np.asarray(class_counts, dtype=np.float64)
+    totals, cells = counts.sum(axis=0), counts.sum(axis=1)
+    if not cells.any():
+        return np.ones(len(counts))
+    rarity = np.log1p(totals.max() / np.maximum(totals, 1))
+    weights = (counts @ rarity) / np.maximum(cells, 1)
+    weights[cells == 0] = weights[cells > 0].min()
+    return weights
+
+
+def make_loaders(
+    train_dataset: CellDataset,
+    val_dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int = 2,
+    seed: int = 0,
+    sampler: SamplerName = "shuffle",
+    draws_per_image: int = 1,
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of training and validation; both give `(images, targets)` as lists.
+
+    Call `train_loader.batch_sampler.set_epoch(epoch)` before each epoch: the order of the epoch
+    depends on (seed, epoch) alone, what is drawn for a sample on the dataset's seed, the epoch,
+    the image and the draw; the number of workers changes neither.
+
+    Args:
+        train_dataset: training samples with their transform.
+        val_dataset: validation samples, given one by one in order.
+        batch_size: images a training batch; the last one of an epoch may be smaller.
+        workers: processes that read ahead, 0 to read in this one. They stay alive between
+            epochs and compute on one thread each.
+        seed: of the order, 0 or more.
+        sampler: "shuffle" for every image equally often, "log_balanced" to draw with replacement
+            by `log_balanced_weights` (reads all maps once).
+        draws_per_image: how often an image is drawn in an epoch (on average if balanced).
+
+    Raises:
+        SettingsError: if a setting has a value that cannot work.
+    """
+    if sampler not in ("shuffle", "log_balanced"):
+        raise SettingsError(f"sampler is {sampler!r}; use 'shuffle' or 'log_balanced'")
+    weights = None
+    if sampler == "log_balanced":
+        counts = [train_dataset.class_counts(index) for index in range(len(train_dataset))]
+        weights = log_balanced_weights(counts)
+    batches = EpochSampler(
+        len(train_dataset),
+        batch_size,
+        seed=seed,
+        weights=weights,
+        draws_per_image=draws_per_image,
+    )
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "collate_fn": collate,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    train_loader = DataLoader(train_dataset, batch_sampler=batches, **options)
+    return train_loader, DataLoader(val_dataset, batch_size=1, **options)
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, Any]]) -> tuple[list[torch.Tensor], list[Any]]:
+    """Return the images and the targets of a batch as two lists; images may differ in size."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

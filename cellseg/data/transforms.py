@@ -1,0 +1,207 @@
+"""Augmentation of an image and its instance map together, at the cost of their pixels."""
+
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from cellseg.errors import SettingsError
+
+Target = dict[str, Any]
+
+HUE_SHARE = 0.2
+"""Hue is shifted by at most this share of `color`, in turns of the colour circle."""
+
+
+class TrainTransform:
+    """Random scale, crop, flips, quarter turns and colour, drawn from a generator handed in.
+
+    The crop is cut before it is scaled, so that the cost is that of the crop (and of one count
+    over the whole map), whatever the number of cells. No crop is padded: an image that is smaller
+    than the crop after scaling comes out smaller.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop_size: int = 512,
+        scale_range: tuple[float, float] = (0.8, 1.25),
+        flip: bool = True,
+        color: float = 0.2,
+        min_visible: float = 0.25,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            crop_size: side of the square crop in pixels after scaling.
+            scale_range: smallest and largest factor of magnification, drawn evenly in its
+                logarithm; (1, 1) for none.
+            flip: whether to draw one of the eight flips and quarter turns of the square.
+            color: brightness, contrast and saturation are multiplied by a factor from 1 - color
+                to 1 + color, the hue is shifted by up to `HUE_SHARE` of it; 0 for none.
+            min_visible: drop a cell of which less than this share of its area is in the crop.
+
+        Raises:
+            SettingsError: if a setting is out of range.
+        """
+        low, high = scale_range
+        if crop_size < 1:
+            raise SettingsError(f"crop_size is {crop_size}; it must be 1 pixel or more")
+        if not 0 < low <= high:
+            raise SettingsError(f"scale_range is {scale_range}; it must be 0 < smallest <= largest")
+        for name, value in (("color", color), ("min_visible", min_visible)):
+            if not 0 <= value <= 1:
+                raise SettingsError(f"{name} is {value}; it must lie in 0-1")
+        self.crop_size = crop_size
+        self.scale_range = (low, high)
+        self.flip = flip
+        self.color = color
+        self.min_visible = min_visible
+
+    def __call__(
+        self, image: torch.Tensor, target: Target, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Target]:
+        """Return a transformed image and target; the inputs are left as they were.
+
+        Args:
+            image: uint8 tensor [3, H, W].
+            target: with `labels` and `instance_map` [L, H, W]; boxes are made anew, further
+                entries are handed on.
+            generator: source of all random numbers; torch's global state is not touched.
+
+        Returns:
+            image uint8 [3, h, w] with h and w at most `crop_size`, and its target.
+        """
+        instance_map = target["instance_map"]
+        full_areas = count_areas(instance_map, len(target["labels"]))
+        low, high = self.scale_range
+        scale = low * (high / low) ** _uniform(generator)
+        window = _draw_window(image.shape[-2:], self.crop_size / scale, generator)
+        image, instance_map = _crop_and_scale(image, instance_map, window, scale, self.crop_size)
+        if self.flip:
+            turn = int(torch.randint(8, (), generator=generator))
+            image, instance_map = flip_and_turn(image, turn), flip_and_turn(instance_map, turn)
+        if self.color:
+            image = jitter_color(image, self.color, generator)
+        cells = update_target(
+            instance_map, target["labels"], full_areas * scale**2, self.min_visible
+        )
+        return image.contiguous(), {**target, **cells}
+
+
+def update_target(
+    instance_map: torch.Tensor,
+    labels: torch.Tensor,
+    full_areas: torch.Tensor,
+    min_visible: float,
+) -> Target:
+    """Return boxes, labels and map of the cells that a cropped or warped map still shows.
+
+    Cells that show less than a share of their area are erased, the others numbered anew in their
+    old order, and layers left empty removed (one stays). Costs what the map's pixels cost.
+
+    Args:
+        instance_map: int32 [L, H, W] whose value k + 1 marks instance k; left as it was.
+        labels: int64 [N].
+        full_areas: [N], each cell's whole area in pixels of this map; 0 to keep what shows.
+        min_visible: drop a cell if area in the map < min_visible * full area; in 0-1.
+
+    Returns:
+        dict of `boxes` float32 [M, 4] xyxy half-open, `labels` [M], `instance_map` int32
+        [L', H, W].
+    """
+    count = len(labels)
+    areas = count_areas(instance_map, count)
+    keep = (areas > 0) & (areas >= min_visible * full_areas)
+    numbers = torch.zeros(count + 1, dtype=torch.int32)
+    numbers[1:][keep] = torch.arange(1, int(keep.sum()) + 1, dtype=torch.int32)
+    renumbered = numbers.index_select(0, instance_map.flatten()).view(instance_map.shape)
+    if len(renumbered) > 1:
+        filled = renumbered.flatten(1).any(dim=1)
+        filled[0] |= not filled.any()
+        renumbered = renumbered[filled]
+    boxes = boxes_of_map(renumbered, int(keep.sum()))
+    return {"boxes": boxes, "labels": labels[keep], "instance_map": renumbered}
+
+
+def count_areas(instance_map: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the pixels of each of `count` instances in a map [L, H, W], int64 [count]."""
+    return torch.bincount(instance_map.flatten(), minlength=count + 1)[1:]
+
+
+def boxes_of_map(instance_map: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the tight half-open boxes of all instances of a map.
+
+    Args:
+        instance_map: int32 [L, H, W]; each of 1..count occurs.
+        count: number of instances.
+
+    Returns:
+        float32 [count, 4], xyxy, pixels; a cell of one pixel has width and height 1.
+    """
+    _, y, x = torch.nonzero(instance_map, as_tuple=True)
+    index = instance_map[instance_map != 0].long() - 1
+    boxes = torch.zeros(4, count, dtype=torch.int64)
+    for row, values, reduce in ((0, x, "amin"), (1, y, "amin"), (2, x + 1, "amax")):
+        boxes[row].scatter_reduce_(0, index, values, reduce, include_self=False)
+    boxes[3].scatter_reduce_(0, index, y + 1, "amax", include_self=False)
+    return boxes.T.contiguous().float()
+
+
+def flip_and_turn(pixels: torch.Tensor, turn: int) -> torch.Tensor:
+    """Return pixels [..., H, W] under one of the eight symmetries of the square.
+
+    Args:
+        pixels: image or map.
+        turn: 0-7; quarter turns counter-clockwise are turn % 4, and from 4 on the result is
+            flipped left to right afterwards.
+    """
+    turned = F.rotate(pixels, 90.0 * (turn % 4), expand=True)
+    return F.horizontal_flip(turned) if turn >= 4 else turned
+
+
+def jitter_color(image: torch.Tensor, color: float, generator: torch.Generator) -> torch.Tensor:
+    """Return a uint8 image [3, H, W] with brightness, contrast, saturation and hue changed.
+
+    The first three are multiplied by a factor from 1 - color to 1 + color, the hue is shifted by
+    up to `HUE_SHARE * color` turns either way.
+    """
+    shifts = [color * (2 * _uniform(generator) - 1) for _ in range(4)]
+    image = F.adjust_brightness(image, 1 + shifts[0])
+    image = F.adjust_contrast(image, 1 + shifts[1])
+    image = F.adjust_saturation(image, 1 + shifts[2])
+    return F.adjust_hue(image, HUE_SHARE * shifts[3])
+
+
+def _draw_window(
+    shape: torch.Size, side: float, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) of a window of this side, anywhere in the image."""
+    height, width = (min(size, max(1, round(side))) for size in shape)
+    top = int(torch.randint(shape[0] - height + 1, (), generator=generator))
+    left = int(torch.randint(shape[1] - width + 1, (), generator=generator))
+    return top, left, height, width
+
+
+def _crop_and_scale(
+    image: torch.Tensor,
+    instance_map: torch.Tensor,
+    window: tuple[int, int, int, int],
+    scale: float,
+    crop_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return image (bilinear, antialiased) and map (nearest) of a window, scaled alike."""
+    top, left, height, width = window
+    size = [min(crop_size, max(1, round(side * scale))) for side in (height, width)]
+    image = F.crop(image, top, left, height, width)
+    instance_map = F.crop(instance_map, top, left, height, width)
+    if size == [height, width]:
+        return image, instance_map
+    image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+    return image, F.resize(instance_map, size, InterpolationMode.NEAREST_EXACT)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    """Return a number drawn evenly from 0-1."""
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
