@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import uuid
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import tifffile
 
 from cellseg.data.release import INDEX_NAME, TEST_NAME, TRAIN_NAME, Release
 from cellseg.data.tissue import DENSITY, SHARES, make_tissue
-from cellseg.files import write_atomically
+from cellseg.errors import DataError
+from cellseg.files import read_json, write_atomically
 
+_VERSION = 1  # of the drawing: count it up when the pixels change
+_RECIPE_NAME = ".made_tissue.json"
 _NAMESPACE = uuid.UUID("5b8ac0de-0000-4000-8000-7155e0000000")
 
 
@@ -28,7 +32,8 @@ def make_sample_release(
     """Write a release of made tissue, quirks of the genuine one included.
 
     With four training images or more, one holds no cell at all and one lacks two class files;
-    with `dense`, one is crowded with lymphocytes. Files that exist are replaced.
+    with `dense`, one is crowded with lymphocytes. A second call with the same arguments does
+    nothing; with others it draws anew.
 
     Args:
         root: folder to fill with `train/`, `test_release/` and the index; made if missing.
@@ -41,8 +46,15 @@ def make_sample_release(
 
     Returns:
         the release that was written.
+
+    Raises:
+        DataError: if the folder holds a release that is not made tissue.
     """
     root, index = Path(root), []
+    release = Release(root, root / TRAIN_NAME, root / TEST_NAME, root / INDEX_NAME)
+    recipe = [_VERSION, train_images, test_images, seed, image_size, density, dense]
+    if _is_drawn(root, recipe):
+        return release
     for number in range(train_images + test_images):
         rng = np.random.default_rng([seed, number])
         name = str(uuid.uuid5(_NAMESPACE, f"{seed}/{number}"))
@@ -61,8 +73,25 @@ def make_sample_release(
         index.append(
             {"file_name": f"{name}.tif", "id": number_in_test, "height": height, "width": width}
         )
+    for folder in (release.train_dir, release.test_dir):
+        folder.mkdir(exist_ok=True)
     write_atomically(root / INDEX_NAME, json.dumps(index, indent=1))
-    return Release(root, root / TRAIN_NAME, root / TEST_NAME, root / INDEX_NAME)
+    write_atomically(root / _RECIPE_NAME, json.dumps(recipe))
+    return release
+
+
+def _is_drawn(root: Path, recipe: list) -> bool:
+    """Say whether the sample is there already; clear the folder of another sample if not."""
+    note, train = root / _RECIPE_NAME, root / TRAIN_NAME
+    if not note.is_file() and train.is_dir() and any(train.iterdir()):
+        raise DataError(f"{root} holds a release that is not made tissue; choose another folder")
+    if note.is_file() and (root / INDEX_NAME).is_file() and read_json(note) == recipe:
+        return True
+    (root / INDEX_NAME).unlink(missing_ok=True)
+    write_atomically(note, json.dumps("being drawn"))
+    for name in (TRAIN_NAME, TEST_NAME):
+        shutil.rmtree(root / name, ignore_errors=True)
+    return False
 
 
 def _oddity(number: int, density: float, dense: bool) -> dict:
