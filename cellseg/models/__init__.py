@@ -1,1 +1,21 @@
-"""models."""
+"""Mask R-CNN builders; the model to train is one call."""
+
+from cellseg.models.builders import (
+    BUILDERS,
+    DetectorOptions,
+    build_from_spec,
+    count_trainable_parameters,
+    get_model_mobilenetv2,
+    get_model_resnet50v2,
+    get_model_resnext50,
+)
+
+__all__ = [
+    "BUILDERS",
+    "DetectorOptions",
+    "build_from_spec",
+    "count_trainable_parameters",
+    "get_model_mobilenetv2",
+    "get_model_resnet50v2",
+    "get_model_resnext50",
+]

@@ -9,17 +9,19 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import roi_align
 
 from cellseg.models.mask_targets import sample_mask_targets
 from cellseg.models.matching import BETWEEN, AnchorGrid, match_anchors
 
+POOLED_STRIDES = (4, 8, 16, 32)
 MASKS_AT_ONCE = 256  # RoIs that the mask head sees together in evaluation; bounds its memory
 
 
@@ -47,6 +49,62 @@ class Float32BoxPredictor(FastRCNNPredictor):
         """Return class logits [K, C] and box offsets [K, 4 C]."""
         logits, offsets = super().forward(x)
         return logits.float(), offsets.float()
+
+
+class PyramidRoIAlign(nn.Module):
+    """RoIAlign on the pyramid level that fits each RoI's size.
+
+    torchvision's `MultiScaleRoIAlign` guesses the levels' strides from the first image it sees,
+    which is wrong for images much smaller than their padding, and has no `aligned`. Levels follow
+    eq. 1 of Lin et al., Feature Pyramid Networks, 2017: an RoI of 224 pixels goes to stride 16.
+    """
+
+    def __init__(self, output_size: int, *, sampling_ratio: int = 2, aligned: bool = True) -> None:
+        """Set the pooling up.
+
+        Args:
+            output_size: M, bins a side.
+            sampling_ratio: samples a bin and axis.
+            aligned: pixel i of a level covers [i, i + 1) strides (Detectron2's RoIAlignV2).
+        """
+        super().__init__()
+        self.output_size = output_size
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        rois: list[Tensor],
+        image_shapes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Return pooled features [K, channels, M, M] of all images' RoIs behind one another.
+
+        Args:
+            features: levels "0" to "3" of strides 4 to 32; others are not used.
+            rois: xyxy [K, 4] of each image, in network pixels.
+            image_shapes: not needed; part of the interface of RoI heads.
+        """
+        boxes = torch.cat(rois)
+        image_index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(rois)])
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        level = torch.floor(2 + torch.log2(area.sqrt() / 224 + 1e-6)).clamp(0, 3).long()
+        first = features["0"]
+        pooled = first.new_zeros(
+            (len(boxes), first.shape[1], self.output_size, self.output_size),
+            dtype=torch.float32,
+        )
+        for index, stride in enumerate(POOLED_STRIDES):
+            chosen = torch.where(level == index)[0]
+            pooled[chosen] = roi_align(
+                features[str(index)].float(),
+                torch.cat([image_index, boxes], dim=1)[chosen],
+                self.output_size,
+                1 / stride,
+                self.sampling_ratio,
+                self.aligned,
+            )
+        return pooled
 
 
 class CellRPN(RegionProposalNetwork):

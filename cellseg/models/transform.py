@@ -54,7 +54,7 @@ class CellTransform(nn.Module):
         """
         scaled = [self._prepare(image) for image in images]
         sizes = [(image.shape[-2], image.shape[-1]) for image in scaled]
-        height, width = (-(-max(side) // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in zip(*sizes))
+        height, width = (_divisible(max(sides)) for sides in zip(*sizes, strict=True))
         batch = scaled[0].new_zeros((len(scaled), 3, height, width))
         for slot, image in zip(batch, scaled, strict=True):
             slot[:, : image.shape[-2], : image.shape[-1]] = image
@@ -88,8 +88,15 @@ class CellTransform(nn.Module):
         original_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Return detections with boxes in image pixels; masks stay RoI-sized probabilities."""
+        if not detections:  # training
+            return detections
         for detection, size, original in zip(detections, image_sizes, original_sizes, strict=True):
             scale_x, scale_y = original[1] / size[1], original[0] / size[0]
             factor = detection["boxes"].new_tensor([scale_x, scale_y, scale_x, scale_y])
             detection["boxes"] = detection["boxes"] * factor
         return detections
+
+
+def _divisible(side: int) -> int:
+    """Return the side rounded up to a multiple of the coarsest stride."""
+    return -(-side // SIZE_DIVISIBLE) * SIZE_DIVISIBLE
