@@ -164,10 +164,11 @@ _WOBBLES = (0.05, 0.04, 0.03, 0.11)
 
 def _place_cell(canvas: _Canvas, kind: int, centre, angle: float) -> bool:
     """Draw a cell if at most a tenth of it falls on cells that lie there; say whether it did."""
-    rng = canvas.rng
-    area = (
-        AREAS[kind] * _LOSSES[kind] * np.exp(_SPREADS[kind] * np.clip(rng.standard_normal(), -2, 2))
-    )
+    rng, (y, x), (height, width) = canvas.rng, centre, canvas.ids.shape
+    if not (0 <= y < height and 0 <= x < width) or canvas.ids[int(y), int(x)]:
+        return False
+    spread = np.exp(_SPREADS[kind] * np.clip(rng.standard_normal(), -2, 2))
+    area = AREAS[kind] * _LOSSES[kind] * spread
     ratio = rng.uniform(*_RATIOS[kind])
     patch = _outline(canvas, centre, area, ratio=ratio, angle=angle, wobble=_WOBBLES[kind])
     mine, taken = patch.depth > 0, canvas.ids[patch.window] > 0
