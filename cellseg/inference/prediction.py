@@ -1,0 +1,94 @@
+"""A model and an image -> COCO records."""
+
+from collections.abc import Iterable, Sized
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cellseg.coco import Record, make_records, rle_area, sort_records
+from cellseg.inference.pasting import masks_to_rles
+
+
+def predict_image(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    image_id: int,
+    score_threshold: float = 0.05,
+    mask_threshold: float = 0.5,
+) -> list[Record]:
+    """Return the COCO result records of one image, best score first.
+
+    Args:
+        model: Mask R-CNN of this package, in eval mode, on any device.
+        image: uint8 [3, H, W], RGB (float in 0-1 is accepted).
+        image_id: number written into each record.
+        score_threshold: keep detections with score >= this, in 0-1; the model's own threshold
+            has been applied before.
+        mask_threshold: a pixel belongs to the cell if its probability is greater.
+
+    Returns:
+        list of records, empty if nothing passes; none has an empty mask.
+
+    Raises:
+        ValueError: if the image is not [3, H, W] or the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        detection = model([image.to(device)])[0]
+        chosen = detection["scores"] >= score_threshold
+        rles = masks_to_rles(
+            detection["masks"][chosen],
+            detection["boxes"][chosen],
+            (image.shape[-2], image.shape[-1]),
+            mask_threshold=mask_threshold,
+        )
+    labels, scores = detection["labels"][chosen].tolist(), detection["scores"][chosen].tolist()
+    filled = [index for index, area in enumerate(rle_area(rles)) if area > 0]
+    records = make_records(
+        image_id,
+        [labels[index] for index in filled],
+        [scores[index] for index in filled],
+        [rles[index] for index in filled],
+    )
+    return sort_records(records)
+
+
+def predict_images(
+    model: nn.Module,
+    images: Iterable[tuple[Tensor, int]],
+    *,
+    score_threshold: float = 0.05,
+    mask_threshold: float = 0.5,
+    progress: bool = True,
+) -> list[Record]:
+    """Return the records of many images, in the order of `sort_records`.
+
+    Args:
+        model: Mask R-CNN of this package; put into eval mode for the time of the call.
+        images: pairs of an image (uint8 [3, H, W], RGB) and its image_id.
+        score_threshold: see `predict_image`.
+        mask_threshold: see `predict_image`.
+        progress: show a bar with the time left.
+    """
+    was_training = model.training
+    model.eval()
+    total = len(images) if isinstance(images, Sized) else None
+    records = []
+    try:
+        for image, image_id in tqdm(
+            images, total=total, desc="predict", unit="image", disable=not progress, leave=False
+        ):
+            records += predict_image(
+                model,
+                image,
+                image_id=image_id,
+                score_threshold=score_threshold,
+                mask_threshold=mask_threshold,
+            )
+    finally:
+        model.train(was_training)
+    return sort_records(records)
