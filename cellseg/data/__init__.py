@@ -1,1 +1,55 @@
-"""data."""
+"""From a release on disk to batches of `(image, target)`: find, read, check, split, augment."""
+
+from cellseg.data.audit import Audit, ImageRow, Oddity, audit
+from cellseg.data.channels import ChannelOrder, detect_channel_order
+from cellseg.data.dataset import CellDataset, TestDataset
+from cellseg.data.loaders import EpochSampler, log_balanced_weights, make_loaders
+from cellseg.data.reading import (
+    CLASS_NAMES,
+    find_sample_files,
+    read_image,
+    read_instance_ids,
+    read_sample,
+)
+from cellseg.data.release import (
+    DEFAULT_RELEASE_ID,
+    Release,
+    TestImage,
+    download_release,
+    extract_archive,
+    find_release,
+    read_test_index,
+)
+from cellseg.data.sample import make_sample_release
+from cellseg.data.splits import split_ids
+from cellseg.data.transforms import TrainTransform, update_target
+
+__all__ = [
+    "CLASS_NAMES",
+    "DEFAULT_RELEASE_ID",
+    "Audit",
+    "CellDataset",
+    "ChannelOrder",
+    "EpochSampler",
+    "ImageRow",
+    "Oddity",
+    "Release",
+    "TestDataset",
+    "TestImage",
+    "TrainTransform",
+    "audit",
+    "detect_channel_order",
+    "download_release",
+    "extract_archive",
+    "find_release",
+    "find_sample_files",
+    "log_balanced_weights",
+    "make_loaders",
+    "make_sample_release",
+    "read_image",
+    "read_instance_ids",
+    "read_sample",
+    "read_test_index",
+    "split_ids",
+    "update_target",
+]

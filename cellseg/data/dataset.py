@@ -20,6 +20,7 @@ from cellseg.data.reading import (
     read_image,
     read_instances,
 )
+from cellseg.data.release import read_test_index
 from cellseg.errors import DataError, SettingsError
 
 Target = dict[str, Any]
@@ -207,8 +208,6 @@ class TestDataset(Dataset):
             DataError: if the index cannot be used or an image is missing; names the image.
             SettingsError: if `channel_order` is none of the three.
         """
-        from cellseg.data.release import read_test_index
-
         self.test_dir = Path(test_dir)
         self.images = read_test_index(index_path)
         self.channel_order = _check_order(channel_order, OUTCOMES)
