@@ -7,6 +7,7 @@ import torch
 from matplotlib.collections import LineCollection
 
 from cellseg import coco
+from cellseg.data.audit import Audit, ImageRow
 from cellseg.report import plots
 from cellseg.report.outlines import count_cells, outlines_of_records, outlines_of_target
 from cellseg.report.style import class_colour, save_figure
@@ -135,6 +136,17 @@ def test_confusion_matrix_shades_shares_of_the_row():
     )
     assert axis.get_title() == "75% of the annotated cells are found with the right class"
     assert "6\n75%" in [text.get_text() for text in axis.texts]
+
+
+def test_audit_shows_classes_areas_counts_and_sizes():
+    rows = [ImageRow("a", 40, 60, (3, 0)), ImageRow("b", 50, 30, (1, 0))]
+    areas = {"large": np.array([100, 200, 300, 400]), "absent": np.zeros(0, np.int64)}
+    figure = plots.plot_audit(Audit(tuple(areas), rows, areas, "true"))
+    totals, boxes, counts, sizes = figure.axes
+    assert [bar.get_width() for bar in totals.patches] == [4, 0]
+    assert boxes.lines[1].get_xdata()[0] == 250  # the median of the first class
+    assert counts.get_title(loc="left") == "Half of the images hold 2 cells or more"
+    assert sizes.collections[0].get_offsets().tolist() == [[60, 40], [30, 50]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

@@ -1,6 +1,8 @@
 """Results a person looks at: figures of data and training, and the report of a run."""
 
+from cellseg.report.document import Report, build_report
 from cellseg.report.plots import (
+    plot_audit,
     plot_augmentations,
     plot_confusion_matrix,
     plot_learning_curves,
@@ -10,6 +12,9 @@ from cellseg.report.plots import (
 from cellseg.report.style import save_figure
 
 __all__ = [
+    "Report",
+    "build_report",
+    "plot_audit",
     "plot_augmentations",
     "plot_confusion_matrix",
     "plot_learning_curves",

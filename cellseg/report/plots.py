@@ -5,12 +5,12 @@ Images are uint8 [3, H, W] (or [H, W, 3]); targets and records are the shapes th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from cellseg.report.outlines import (
     Outlines,
@@ -20,9 +20,21 @@ from cellseg.report.outlines import (
     outlines_of_records,
     outlines_of_target,
 )
-from cellseg.report.style import FAINT, INK, TRAIN_COLOUR, VAL_COLOUR, finish_axis, new_figure
+from cellseg.report.style import (
+    FAINT,
+    GRID,
+    INK,
+    TRAIN_COLOUR,
+    VAL_COLOUR,
+    class_colour,
+    finish_axis,
+    new_figure,
+)
 
-_PANE_INCHES = 5.2
+if TYPE_CHECKING:
+    from cellseg.data.audit import Audit
+
+_PANE_INCHES = 4.3
 
 
 def plot_learning_curves(summaries: Sequence[Any]) -> Figure:
@@ -36,7 +48,7 @@ def plot_learning_curves(summaries: Sequence[Any]) -> Figure:
         a figure of two panes; the epoch with the best validation AP50 is marked.
     """
     rows = [asdict(row) if is_dataclass(row) else dict(row) for row in summaries]
-    figure = new_figure(11, 4.4)
+    figure = new_figure(8.8, 3.9)
     loss_axis, map_axis = figure.subplots(1, 2)
     _draw_curve(loss_axis, rows, "train_loss", "training", TRAIN_COLOUR, "-o")
     _draw_curve(loss_axis, rows, "val_loss", "validation", VAL_COLOUR, "-o")
@@ -127,7 +139,7 @@ def plot_augmentations(
     for axis, (image, target) in zip(axes, samples, strict=False):
         outlines = outlines_of_target(target)
         _draw_image(axis, image, count_cells(outlines), size=9)
-        draw_outlines(axis, outlines, width=1.0)
+        draw_outlines(axis, outlines, width=1.3)
     for axis in axes[len(samples) :]:
         axis.set_axis_off()
     figure.suptitle("Training samples as the model sees them", color=INK, fontsize=12)
@@ -138,6 +150,33 @@ def plot_augmentations(
         frameon=False,
         fontsize=9,
     )
+    return figure
+
+
+def plot_audit(audit: "Audit") -> Figure:
+    """Plot what a data set holds: cells by class and by image, areas, image sizes.
+
+    Args:
+        audit: what `cellseg.data.audit` returned.
+
+    Returns:
+        a figure of four panes.
+    """
+    figure = new_figure(9.6, 6.2)
+    (class_axis, area_axis), (count_axis, size_axis) = figure.subplots(2, 2)
+    _draw_totals(class_axis, audit.totals)
+    _draw_areas(area_axis, audit.areas)
+    counts = audit.cells_per_image
+    bins = int(np.clip(len(counts) // 4, 8, 30))
+    count_axis.hist(counts, bins=bins, color=VAL_COLOUR, edgecolor="white", linewidth=0.6)
+    middle = np.median(counts) if counts else 0
+    finish_axis(count_axis, f"Half of the images hold {middle:g} cells or more", "cells", "images")
+    count_axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    widths, heights = [row.width for row in audit.rows], [row.height for row in audit.rows]
+    size_axis.scatter(widths, heights, s=22, color=VAL_COLOUR, alpha=0.45, linewidths=0)
+    title = f"{len(audit.rows):,} images, each a point"
+    finish_axis(size_axis, title, "width (px)", "height (px)")
+    size_axis.set(xlim=(0, 1.1 * max(widths, default=1)), ylim=(0, 1.1 * max(heights, default=1)))
     return figure
 
 
@@ -175,6 +214,43 @@ def plot_confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
         axis.axhline(edge, color="white", linewidth=width)
         axis.axvline(edge, color="white", linewidth=width)
     return figure
+
+
+def _draw_totals(axis: Axes, totals: Mapping[str, int]) -> None:
+    """Draw the number of cells of each class as bars, from the first class down."""
+    for row, count in enumerate(totals.values()):
+        axis.barh(row, count, 0.62, color=class_colour(row + 1), edgecolor=INK, linewidth=0.6)
+        axis.annotate(f" {count:,}", (count, row), va="center", fontsize=9, color=INK)
+    finish_axis(axis, f"{sum(totals.values()):,} annotated cells", "cells", "")
+    _name_rows(axis, list(totals))
+    axis.set_xlim(0, 1.15 * max([1, *totals.values()]))
+
+
+def _draw_areas(axis: Axes, areas: Mapping[str, np.ndarray]) -> None:
+    """Draw the areas of each class as boxes of quartiles, whiskers from 5 to 95 %."""
+    for row, values in enumerate(areas.values()):
+        if len(values):
+            low, first, middle, third, high = np.percentile(values, (5, 25, 50, 75, 95))
+            axis.plot((low, high), (row, row), "-|", color=INK, linewidth=1.0, zorder=1)
+            box = {"color": class_colour(row + 1), "edgecolor": INK, "linewidth": 0.6}
+            axis.barh(row, third - first, 0.62, left=first, **box)
+            axis.plot((middle, middle), (row - 0.31, row + 0.31), color=INK, linewidth=2.0)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    title = "Areas: quartiles, whiskers from 5 to 95 %"
+    finish_axis(axis, title, "area of a cell (px², log scale)", "")
+    _name_rows(axis, list(areas))
+
+
+def _name_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a horizontal plot, the first on top, with vertical grid lines."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
 
 
 def _write_cell(axis: Axes, row: int, column: int, count: int, share: float) -> None:
@@ -244,7 +320,7 @@ def _draw_curve(
 def _add_legend_below(axis: Axes) -> None:
     """Name the curves below the axis, where no curve can run through the words."""
     if axis.get_legend_handles_labels()[0]:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 4}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
         axis.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=1.7, **place)
 
 
