@@ -24,8 +24,8 @@ from cellseg.coco import instance_map_to_rles, make_record
 from cellseg.data.dataset import CellDataset
 from cellseg.evaluation.scores import Scores, dataset_truth, score_records
 
-SIGMAS = (1.5, 2.5, 3.5)
-MIN_DISTANCES = (5, 8, 12)
+SIGMAS = (2.0, 3.0, 4.0)
+MIN_DISTANCES = (4, 6, 9)
 
 
 def find_blobs(image: np.ndarray, *, sigma: float, min_distance: int) -> np.ndarray:
