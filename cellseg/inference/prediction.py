@@ -39,13 +39,40 @@ def predict_image(
     device = next(model.parameters()).device
     with torch.inference_mode():
         detection = model([image.to(device)])[0]
-        chosen = detection["scores"] >= score_threshold
-        rles = masks_to_rles(
-            detection["masks"][chosen],
-            detection["boxes"][chosen],
+        return detections_to_records(
+            detection,
             (image.shape[-2], image.shape[-1]),
+            image_id=image_id,
+            score_threshold=score_threshold,
             mask_threshold=mask_threshold,
         )
+
+
+def detections_to_records(
+    detection: dict[str, Tensor],
+    size: tuple[int, int],
+    *,
+    image_id: int,
+    score_threshold: float = 0.0,
+    mask_threshold: float = 0.5,
+) -> list[Record]:
+    """Return the records of one image's detections, best score first, empty masks left out.
+
+    Args:
+        detection: `boxes` xyxy (N, 4) in image pixels, `labels` (N,), `scores` (N,) and `masks`
+            (N, 1, M, M), as the model returns them.
+        size: (height, width) of the image.
+        image_id: number written into each record.
+        score_threshold: keep detections with score >= this, in 0-1.
+        mask_threshold: a pixel belongs to the cell if its probability is greater.
+    """
+    chosen = detection["scores"] >= score_threshold
+    rles = masks_to_rles(
+        detection["masks"][chosen],
+        detection["boxes"][chosen],
+        size,
+        mask_threshold=mask_threshold,
+    )
     labels, scores = detection["labels"][chosen].tolist(), detection["scores"][chosen].tolist()
     filled = [index for index, area in enumerate(rle_area(rles)) if area > 0]
     records = make_records(

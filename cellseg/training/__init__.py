@@ -1,1 +1,26 @@
-"""training."""
+"""Training: the loop, the run's folder, and checkpoints."""
+
+from cellseg.training.checkpoint import load_model, read_checkpoint
+from cellseg.training.fit import fit
+from cellseg.training.precision import pick_device
+from cellseg.training.run import (
+    EpochSummary,
+    Run,
+    open_run,
+    read_history,
+    write_evaluation,
+)
+from cellseg.training.validation import validate
+
+__all__ = [
+    "EpochSummary",
+    "Run",
+    "fit",
+    "load_model",
+    "open_run",
+    "pick_device",
+    "read_checkpoint",
+    "read_history",
+    "validate",
+    "write_evaluation",
+]

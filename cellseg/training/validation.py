@@ -1,0 +1,136 @@
+"""A true validation loss, and records of the same pass: nothing in the model changes."""
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cellseg.coco import Record, sort_records
+from cellseg.inference.prediction import detections_to_records
+from cellseg.training.precision import autocast
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one pass over validation images gives.
+
+    Attributes:
+        losses: mean of each part of the loss over the images.
+        records: the detections, in the order of `sort_records`.
+    """
+
+    losses: dict[str, float]
+    records: list[Record]
+
+
+@contextmanager
+def loss_branches(model: nn.Module) -> Iterator[None]:
+    """Make a detector return losses while every layer stays in evaluation mode.
+
+    Only the three modules that choose between losses and detections are told to train; batch
+    norm and dropout below them keep using what they have learned, and change nothing.
+    """
+    switches = (model, model.rpn, model.roi_heads)
+    before = [module.training for module in switches]
+    for module in switches:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, was_training in zip(switches, before, strict=True):
+            module.training = was_training
+
+
+@contextmanager
+def forked_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block under its own random draws; the generators outside do not move."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def losses_and_detections(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Return losses and detections of a model in eval mode, its features computed once.
+
+    Args:
+        model: Mask R-CNN of this package in eval mode.
+        images: uint8 [3, H, W] on the model's device.
+        targets: their targets, on the same device.
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    batch, scaled = model.transform(images, targets)
+    features = model.backbone(batch.tensors)
+    with loss_branches(model):
+        proposals, losses = model.rpn(batch, features, scaled)
+        _, head_losses = model.roi_heads(features, proposals, batch.image_sizes, scaled)
+    proposals, _ = model.rpn(batch, features)
+    detections, _ = model.roi_heads(features, proposals, batch.image_sizes)
+    return losses | head_losses, model.transform.postprocess(detections, batch.image_sizes, sizes)
+
+
+def validate(
+    model: nn.Module,
+    loader: Iterable[tuple[list[Tensor], list[dict[str, Any]]]],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Validation:
+    """Return losses and records over a loader; neither buffers nor generators change.
+
+    The sampling of anchors and RoIs inside the loss is drawn from `seed` alone, so that the loss
+    of two epochs differs by the model and not by the draw.
+
+    Args:
+        model: Mask R-CNN of this package; it is put into eval mode and back.
+        loader: batches of images and targets.
+        seed: of the draws inside the losses.
+        dtype: the type that the forward pass computes in.
+        progress: show a bar with the time left.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    records: list[Record] = []
+    count = 0
+    total = len(loader) if isinstance(loader, Sized) else None
+    try:
+        with forked_seed(seed, device), autocast(device, dtype):
+            for images, targets in tqdm(
+                loader, total=total, desc="validate", leave=False, disable=not progress
+            ):
+                images, targets = to_device(images, targets, device)
+                losses, detections = losses_and_detections(model, images, targets)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+                count += len(images)
+                for image, target, detection in zip(images, targets, detections, strict=True):
+                    records += detections_to_records(
+                        detection, tuple(image.shape[-2:]), image_id=target["image_id"]
+                    )
+    finally:
+        model.train(was_training)
+    return Validation({k: v / max(count, 1) for k, v in sums.items()}, sort_records(records))
+
+
+def to_device(
+    images: Sequence[Tensor], targets: Sequence[dict[str, Any]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Return a batch on the device; copies run beside the computation where memory is pinned."""
+    moved = [
+        {
+            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in target.items()
+        }
+        for target in targets
+    ]
+    return [image.to(device, non_blocking=True) for image in images], moved
