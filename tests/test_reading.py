@@ -269,6 +269,11 @@ FAULTS = [
     (lambda d: (d / "image.tif").write_bytes(b""), ["image.tif", "empty", "0 bytes"], "empty"),
     (lambda d: (d / "image.tif").write_text("<html>"), ["image.tif", "not an image"], "a web page"),
     (
+        lambda d: (d / "image.tif").write_bytes(b"II*\0damaged"),
+        ["image.tif", "damaged", "no page"],
+        "a header without pages",
+    ),
+    (
         lambda d: _cut_off(_to_png(d, "image.png", plain_image(4, 6)), 0.8),
         ["image.png", "damaged"],
         "cut PNG",

@@ -67,7 +67,9 @@ def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     try:
         with tifffile.TiffFile(path) as tiff:
-            if len(tiff.pages) != 1:
+            if not tiff.pages:
+                raise _damaged(path, "it holds no page")
+            if len(tiff.pages) > 1:
                 raise DataError(
                     f"{path} has {len(tiff.pages)} pages; save the one that is meant as a "
                     "file of one page"
