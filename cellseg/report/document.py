@@ -23,7 +23,7 @@ from cellseg.report.style import save_figure
 _TEMPLATE = Path(__file__).with_name("report.typ")
 _MAX_PAGES = 3
 _MAX_OVERLAYS = 2
-_OVERLAY_PIXELS = 1100
+_OVERLAY_PIXELS = 1000
 _SCORE_NAMES = {
     "ap50": "AP50",
     "ap": "AP",

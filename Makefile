@@ -1,0 +1,45 @@
+# make run: everything from installation to the executed notebook.  make help: all targets.
+PYTHON ?= python3
+RUN ?=
+
+ifeq ($(OS),Windows_NT)
+PY := .venv/Scripts/python
+else
+PY := .venv/bin/python
+endif
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-fast lint bench report
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "cellseg needs Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into .venv (once; some minutes)"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+run: $(STAMP) ## execute Training.ipynb from top to bottom; its copy goes to the run's folder
+	@$(PY) -u -c 'from cellseg.notebook import execute_notebook; \
+		print("executed notebook:", execute_notebook("Training.ipynb", tell=print))'
+
+test: $(STAMP) ## run all tests
+	$(PY) -m pytest
+
+test-fast: $(STAMP) ## run the tests that take no more than a few seconds each
+	$(PY) -m pytest -m "not slow"
+
+lint: $(STAMP) ## check style and format, the notebook included
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(STAMP) ## run the benchmarks one after the other
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+report: $(STAMP) ## write report.pdf of a run: make report RUN=runs/sample/NAME
+	@test -n "$(RUN)" || { echo "which run? make report RUN=runs/NAME"; exit 1; }
+	$(PY) -m cellseg report $(RUN)

@@ -1,0 +1,56 @@
+"""A notebook run outside Jupyter: settings overridden, copy saved, failures named."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from cellseg.errors import CellsegError, SettingsError
+from cellseg.notebook import execute_notebook
+
+
+def write_notebook(folder, *sources):
+    """Write a notebook: settings, then a heading and a code cell a source."""
+    settings = new_code_cell("rounds = 3\nname = 'a'", metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell("# Settings"), settings]
+    for number, source in enumerate(sources):
+        cells += [new_markdown_cell(f"Words.\n## Part {number}"), new_code_cell(source)]
+    path = folder / "Tiny.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def texts(path):
+    notebook = nbformat.read(path, as_version=4)
+    return [output.text for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_parameters_replace_settings_and_the_copy_goes_to_the_run(tmp_path):
+    path = write_notebook(tmp_path, "print(rounds, name)", "run_dir = f'runs/{name}'")
+    before, told = path.read_bytes(), []
+    copy = execute_notebook(path, parameters={"rounds": 5}, tell=told.append)
+    assert copy == tmp_path / "runs" / "a" / "Tiny.ipynb"
+    assert texts(copy) == ["5 a\n"]
+    assert told == ["[1/4] Settings", "[2/4] Settings", "[3/4] Part 0", "[4/4] Part 1"]
+    assert path.read_bytes() == before
+
+
+def test_failing_cell_is_named_and_the_copy_saved(tmp_path):
+    path = write_notebook(tmp_path, "print('so far')", "1 / 0", "print('never')")
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(
+        CellsegError, match=r"cell under 'Part 1' failed: ZeroDivisionError: division"
+    ):
+        execute_notebook(path, output)
+    notebook = nbformat.read(output, as_version=4)
+    assert [len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"] == [
+        0,
+        1,
+        1,
+        0,
+    ]
+
+
+def test_unknown_parameter_is_named(tmp_path):
+    path = write_notebook(tmp_path)
+    with pytest.raises(SettingsError, match="no setting speed; its settings are name, rounds"):
+        execute_notebook(path, parameters={"speed": 1})
