@@ -1,5 +1,6 @@
 """Samples, their fixed draws, batches in a fixed order, and the test images."""
 
+import gc
 import json
 import pickle
 
@@ -238,6 +239,7 @@ def test_an_error_in_a_worker_names_the_file(train_dir):
     loader, _ = make_loaders(dataset, dataset, batch_size=4, workers=1)
     with pytest.raises(DataError, match=r"b[\\/]+class1\.tif is damaged"):
         list(loader)
+    gc.collect()  # the worker of the failed loader ends here and not during a later test
 
 
 def test_loader_settings_that_cannot_work(train_dir):
