@@ -1,5 +1,6 @@
 """Augmentation of an image and its instance map together, at the cost of their pixels."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ Target = dict[str, Any]
 
 HUE_SHARE = 0.2
 """Hue is shifted by at most this share of `color`, in turns of the colour circle."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a crop lies and how it is turned.
+
+    Attributes:
+        window: (top, left, height, width) in the image, pixels.
+        size: (height, width) to which the window is scaled.
+        scale: the factor of magnification that was drawn.
+        turn: one of the eight symmetries of the square, see `flip_and_turn`.
+    """
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+    scale: float
+    turn: int
 
 
 class TrainTransform:
@@ -73,21 +91,39 @@ class TrainTransform:
         Returns:
             image uint8 [3, h, w] with h and w at most `crop_size`, and its target.
         """
-        instance_map = target["instance_map"]
-        full_areas = count_areas(instance_map, len(target["labels"]))
-        low, high = self.scale_range
-        scale = low * (high / low) ** _uniform(generator)
-        window = _draw_window(image.shape[-2:], self.crop_size / scale, generator)
-        image, instance_map = _crop_and_scale(image, instance_map, window, scale, self.crop_size)
-        if self.flip:
-            turn = int(torch.randint(8, (), generator=generator))
-            image, instance_map = flip_and_turn(image, turn), flip_and_turn(instance_map, turn)
+        labels, instance_map = target["labels"], target["instance_map"]
+        placement = self.draw_placement(image.shape[-2:], generator)
+        full_areas = count_areas(instance_map, len(labels)) * placement.scale**2
+        image = place(image, placement, InterpolationMode.BILINEAR)
+        instance_map = place(instance_map, placement, InterpolationMode.NEAREST_EXACT)
         if self.color:
             image = jitter_color(image, self.color, generator)
-        cells = update_target(
-            instance_map, target["labels"], full_areas * scale**2, self.min_visible
-        )
+        cells = update_target(instance_map, labels, full_areas, self.min_visible)
         return image.contiguous(), {**target, **cells}
+
+    def draw_placement(self, shape: tuple[int, int], generator: torch.Generator) -> Placement:
+        """Return scale, crop and turn for an image of shape [H, W]."""
+        low, high = self.scale_range
+        scale = low * (high / low) ** _uniform(generator)
+        side = max(1, round(self.crop_size / scale))
+        height, width = (min(length, side) for length in shape)
+        top = _integer(shape[0] - height + 1, generator)
+        left = _integer(shape[1] - width + 1, generator)
+        new_height, new_width = (
+            min(self.crop_size, max(1, round(length * scale))) for length in (height, width)
+        )
+        turn = _integer(8, generator) if self.flip else 0
+        return Placement((top, left, height, width), (new_height, new_width), scale, turn)
+
+
+def place(
+    pixels: torch.Tensor, placement: Placement, interpolation: InterpolationMode
+) -> torch.Tensor:
+    """Return an image or a map [..., H, W] cropped, scaled and turned, in this order."""
+    pixels = F.crop(pixels, *placement.window)
+    if placement.size != placement.window[2:]:
+        pixels = F.resize(pixels, list(placement.size), interpolation, antialias=True)
+    return flip_and_turn(pixels, placement.turn)
 
 
 def update_target(
@@ -174,34 +210,11 @@ def jitter_color(image: torch.Tensor, color: float, generator: torch.Generator) 
     return F.adjust_hue(image, HUE_SHARE * shifts[3])
 
 
-def _draw_window(
-    shape: torch.Size, side: float, generator: torch.Generator
-) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of a window of this side, anywhere in the image."""
-    height, width = (min(size, max(1, round(side))) for size in shape)
-    top = int(torch.randint(shape[0] - height + 1, (), generator=generator))
-    left = int(torch.randint(shape[1] - width + 1, (), generator=generator))
-    return top, left, height, width
-
-
-def _crop_and_scale(
-    image: torch.Tensor,
-    instance_map: torch.Tensor,
-    window: tuple[int, int, int, int],
-    scale: float,
-    crop_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return image (bilinear, antialiased) and map (nearest) of a window, scaled alike."""
-    top, left, height, width = window
-    size = [min(crop_size, max(1, round(side * scale))) for side in (height, width)]
-    image = F.crop(image, top, left, height, width)
-    instance_map = F.crop(instance_map, top, left, height, width)
-    if size == [height, width]:
-        return image, instance_map
-    image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
-    return image, F.resize(instance_map, size, InterpolationMode.NEAREST_EXACT)
-
-
 def _uniform(generator: torch.Generator) -> float:
     """Return a number drawn evenly from 0-1."""
     return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _integer(stop: int, generator: torch.Generator) -> int:
+    """Return a whole number drawn evenly from 0 to stop - 1."""
+    return int(torch.randint(stop, (), generator=generator))
