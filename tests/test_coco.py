@@ -57,6 +57,12 @@ def test_a_cell_as_high_as_the_image_is_one_run():
     assert coco.instance_map_to_rles(instance_map, 1) == [{"size": [3, 4], "counts": "363"}]
 
 
+def test_areas_and_boxes_of_more_than_255_masks():
+    rles = [coco.mask_to_rle(MASK)] * 300
+    assert coco.rle_area(rles).tolist() == [4] * 300
+    assert coco.rle_to_xywh(rles).tolist() == [[1, 0, 3, 3]] * 300
+
+
 def test_areas_and_boxes_of_no_masks():
     assert coco.rle_area([]).shape == (0,)
     assert coco.rle_to_xywh([]).shape == (0, 4)

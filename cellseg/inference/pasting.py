@@ -104,7 +104,8 @@ def _sampled(masks: Tensor, boxes: Tensor, corners: np.ndarray, sides: np.ndarra
     own = torch.from_numpy(sides).to(boxes)
     rows = _hat_weights(boxes[:, 1], boxes[:, 3], first[:, 0], own[:, 0], height, side)
     columns = _hat_weights(boxes[:, 0], boxes[:, 2], first[:, 1], own[:, 1], width, side)
-    return rows @ masks @ columns.transpose(1, 2)
+    with torch.autocast(masks.device.type, enabled=False):
+        return rows @ masks @ columns.transpose(1, 2)
 
 
 def _hat_weights(

@@ -53,7 +53,8 @@ def sample_mask_targets(
         window = _windows(
             instance_map, instances[chosen], top, left, rows.shape[-1], columns.shape[-1]
         )
-        targets[chosen] = rows @ window.to(rows.dtype) @ columns.transpose(1, 2)
+        with torch.autocast(rois.device.type, enabled=False):
+            targets[chosen] = rows @ window.to(rows.dtype) @ columns.transpose(1, 2)
     return targets
 
 
