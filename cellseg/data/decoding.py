@@ -1,5 +1,6 @@
 """TIFF and PNG files to arrays of pixels, with errors that say what to do about the file."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from cellseg.errors import DataError
 SUFFIXES = (".tif", ".tiff", ".png")
 MAX_PIXELS = 200_000_000
 """Largest image that is read unless the caller allows more: about 14,000 x 14,000 pixels."""
+MAX_THREADS = 4
+THREADED_SIZE = 1_000_000
+"""Compressed TIFFs of at least so many values are decoded in up to `MAX_THREADS` threads."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3
@@ -22,15 +26,16 @@ def read_pixels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
     """Return the pixels of a one-page TIFF or PNG file as they are stored.
 
     The size that the file claims is checked before memory is taken for it. Costs what the codec
-    costs: no pixel is touched after decoding, save for TIFFs whose white is stored as 0 (inverted
-    here) or whose colours lie in separate planes (a view).
+    costs: no pixel is touched after decoding, save where white is stored as 0 (inverted here).
+    Uncompressed TIFFs are mapped into memory instead of copied.
 
     Args:
         path: the file; its content, not its name, tells TIFF from PNG.
         max_pixels: refuse files that claim more pixels than this.
 
     Returns:
-        array [H, W] or [H, W, S] of the stored type.
+        array [H, W] or [H, W, S] of the stored type; read-only where the file is mapped, which
+        it stays as long as the array lives.
 
     Raises:
         DataError: if the file is missing, damaged, of another kind, has several pages or a
@@ -76,7 +81,7 @@ def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
                 )
             page = tiff.pages[0]
             _check_page(path, page, tiff.filehandle.size, max_pixels)
-            pixels = page.asarray()
+            pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
             white_is_zero = page.photometric.name == "MINISWHITE"
             planar = page.axes == "SYX"
     except DataError:
@@ -86,6 +91,18 @@ def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
     if white_is_zero and pixels.dtype.kind == "u":
         pixels = ~pixels
     return np.moveaxis(pixels, 0, -1) if planar else pixels
+
+
+def _mapped(path: Path, page: tifffile.TiffPage) -> np.ndarray:
+    """Return the pixels of an uncompressed page as a read-only view on the file."""
+    dtype = page.dtype.newbyteorder(page.parent.byteorder)
+    return np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape).view(np.ndarray)
+
+
+def _decoded(page: tifffile.TiffPage) -> np.ndarray:
+    """Return the pixels of a compressed page, its strips decoded side by side if it is large."""
+    threads = min(MAX_THREADS, os.cpu_count() or 1) if page.size >= THREADED_SIZE else 1
+    return page.asarray(maxworkers=threads)
 
 
 def _check_page(path: Path, page: tifffile.TiffPage, file_size: int, max_pixels: int) -> None:

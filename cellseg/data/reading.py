@@ -6,12 +6,13 @@ cell; a class owns its ids, so the same id in two maps means two cells.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from cellseg.data.decoding import MAX_PIXELS, SUFFIXES, read_pixels
+from cellseg.data.runs import Runs, find_runs, measure_runs
 from cellseg.errors import DataError
 
 CLASS_NAMES = ("epithelial", "lymphocyte", "neutrophil", "macrophage")
@@ -58,19 +59,6 @@ class Instances:
     instance_map: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Runs of equal id along the rows of one map, in raster order, background left out.
-
-    `starts` and `stops` are positions in the flattened map (a run never crosses rows), `ids` the
-    run's id.
-    """
-
-    starts: np.ndarray
-    stops: np.ndarray
-    ids: np.ndarray
-
-
 def find_sample_files(folder: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> SampleFiles:
     """Return the image and the maps of a sample folder, without opening them.
 
@@ -108,7 +96,9 @@ def find_sample_files(folder: str | Path, class_names: Sequence[str] = CLASS_NAM
     return SampleFiles(folder, image, maps)
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+    path: str | Path, *, swapped: bool = False, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Return an image as RGB.
 
     Grey images get three equal channels; an alpha channel is dropped. Values of 16-bit images are
@@ -118,11 +108,12 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Args:
         path: TIFF or PNG file of one page.
+        swapped: exchange the first and the third channel, for files that are stored as BGR.
         max_pixels: refuse files that claim more pixels than this.
 
     Returns:
-        uint8 array [H, W, 3], in the order in which the channels are stored. It is a view on
-        planes [3, H, W], so that going to a torch image copies nothing.
+        uint8 array [H, W, 3]. It is a view on planes [3, H, W], so that going to a torch image
+        copies nothing.
 
     Raises:
         DataError: if the file cannot be read or is not an image of 8 or 16 bit or 0-1.
@@ -134,8 +125,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise DataError(f"{path} has {pixels.shape[2]} channels; save it as grey, RGB or RGBA")
     pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path)
     planes = np.empty((3, *pixels.shape[:2]), np.uint8)
-    for channel in range(3):
-        planes[channel] = pixels[..., channel % pixels.shape[2]]
+    for channel, plane in enumerate(planes[::-1] if swapped else planes):
+        plane[:] = pixels[..., channel % pixels.shape[2]]
     return planes.transpose(1, 2, 0)
 
 
@@ -169,7 +160,7 @@ def read_instance_ids(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
     """
     runs, shape = _read_runs(path, max_pixels)
     ids = np.zeros(shape, np.int32)
-    ids.ravel()[_positions(runs)] = np.repeat(runs.ids, runs.stops - runs.starts)
+    ids.ravel()[runs.positions()] = np.repeat(runs.values, runs.lengths)
     return ids
 
 
@@ -177,15 +168,12 @@ def count_cells(files: SampleFiles, num_labels: int) -> list[int]:
     """Return the number of cells of each class 1..num_labels, without decoding the image."""
     counts = [0] * num_labels
     for label, path in files.maps.items():
-        counts[label - 1] = len(np.unique(_read_runs(path, MAX_PIXELS)[0].ids))
+        counts[label - 1] = len(np.unique(_read_runs(path, MAX_PIXELS)[0].values))
     return counts
 
 
-def _read_runs(path: str | Path, max_pixels: int) -> tuple[_Runs, tuple[int, int]]:
-    """Return the runs and the shape [H, W] of a map, its ids checked.
-
-    One comparison of neighbours finds the runs; all else costs as much as there are runs.
-    """
+def _read_runs(path: str | Path, max_pixels: int) -> tuple[Runs, tuple[int, int]]:
+    """Return the runs and the shape [H, W] of a map, its ids checked."""
     pixels = read_pixels(path, max_pixels=max_pixels)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
@@ -194,41 +182,25 @@ def _read_runs(path: str | Path, max_pixels: int) -> tuple[_Runs, tuple[int, int
             f"{path} holds {' x '.join(map(str, pixels.shape))} values of {pixels.dtype}; an "
             "instance map is a single plane of numbers, 0 for background"
         )
-    height, width = pixels.shape
-    flat = pixels.ravel()
-    changes = np.empty(flat.size, bool)
-    np.not_equal(flat[1:], flat[:-1], out=changes[1:])
-    changes[::width] = True
-    starts = np.flatnonzero(changes)
-    values = flat[starts]
-    stops = np.append(starts[1:], flat.size)
-    cells = values != 0
-    starts, stops, values = starts[cells], stops[cells], values[cells]
-    _check_ids(path, values, starts, width)
-    return _Runs(starts, stops, values.astype(np.int64)), (height, width)
+    runs = find_runs(pixels)
+    _check_ids(path, runs, pixels.shape[1])
+    return replace(runs, values=runs.values.astype(np.int64)), pixels.shape
 
 
-def _check_ids(path: str | Path, values: np.ndarray, starts: np.ndarray, width: int) -> None:
-    """Raise for the first value that cannot be an id; `starts` says where each value lies."""
+def _check_ids(path: str | Path, runs: Runs, width: int) -> None:
+    """Raise for the first value of a map of this width that cannot be an id."""
+    values = runs.values
     good = (values > 0) & (values <= MAX_ID)
     if values.dtype.kind == "f":
         good &= values == np.floor(values)
     if good.all():
         return
     first = int(np.argmin(good))
-    row, column = divmod(int(starts[first]), width)
+    row, column = divmod(int(runs.starts[first]), width)
     raise DataError(
         f"{path} holds the id {values[first]} at row {row}, column {column}; ids are whole "
         f"numbers from 1 to {MAX_ID}, 0 is background: write the map anew"
     )
-
-
-def _positions(runs: _Runs) -> np.ndarray:
-    """Return the position of every pixel of the runs in the flattened map, run after run."""
-    lengths = runs.stops - runs.starts
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(runs.starts - (ends - lengths), lengths)
 
 
 def read_instances(
@@ -251,9 +223,9 @@ def read_instances(
                 f"{path} has {map_shape[0]} x {map_shape[1]} pixels, {files.image.name} has "
                 f"{shape[0]} x {shape[1]} (height x width); both must be of the same size"
             )
-        ids, index = np.unique(runs.ids, return_inverse=True)
+        ids, index = np.unique(runs.values, return_inverse=True)
         _draw(layers, runs, index + count + 1)
-        boxes, areas = _measure(runs, index, len(ids), shape[1])
+        boxes, areas = measure_runs(runs, index, len(ids), shape)
         parts.append((boxes, np.full(len(ids), label, np.int64), ids, areas))
         count += len(ids)
     empty = (np.zeros((0, 4), np.float32), *(np.zeros(0, np.int64) for _ in range(3)))
@@ -261,33 +233,13 @@ def read_instances(
     return Instances(boxes, labels, ids, areas, np.stack(layers) if layers[1:] else layers[0][None])
 
 
-def _measure(
-    runs: _Runs, index: np.ndarray, count: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return half-open boxes float32 [count, 4] and areas int64 [count] from the runs.
-
-    `index` 0..count-1 says whose run it is.
-    """
-    lengths = runs.stops - runs.starts
-    y, x = np.divmod(runs.starts, width)
-    low = np.full((2, count), np.iinfo(np.int64).max)
-    high = np.zeros((2, count), np.int64)
-    np.minimum.at(low[0], index, x)
-    np.minimum.at(low[1], index, y)
-    np.maximum.at(high[0], index, x + lengths)
-    np.maximum.at(high[1], index, y + 1)
-    areas = np.bincount(index, weights=lengths, minlength=count).astype(np.int64)
-    return np.concatenate([low, high]).T.astype(np.float32), areas
-
-
-def _draw(layers: list[np.ndarray], runs: _Runs, marks: np.ndarray) -> None:
+def _draw(layers: list[np.ndarray], runs: Runs, marks: np.ndarray) -> None:
     """Write each run's mark into the first layer where the whole cell is free, adding layers.
 
     Cells of one map never overlap each other, so that the number of layers is at most the number
     of classes.
     """
-    lengths = runs.stops - runs.starts
-    positions, pixels = _positions(runs), np.repeat(marks.astype(np.int32), lengths)
+    positions, pixels = runs.positions(), np.repeat(marks.astype(np.int32), runs.lengths)
     depth = 0
     while len(positions):
         if depth == len(layers):

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from cellseg.data.runs import find_runs, measure_runs
 from cellseg.errors import SettingsError
 
 Target = dict[str, Any]
@@ -147,42 +149,24 @@ def update_target(
         dict of `boxes` float32 [M, 4] xyxy half-open, `labels` [M], `instance_map` int32
         [L', H, W].
     """
-    count = len(labels)
-    areas = count_areas(instance_map, count)
-    keep = (areas > 0) & (areas >= min_visible * full_areas)
-    numbers = torch.zeros(count + 1, dtype=torch.int32)
-    numbers[1:][keep] = torch.arange(1, int(keep.sum()) + 1, dtype=torch.int32)
-    renumbered = numbers.index_select(0, instance_map.flatten()).view(instance_map.shape)
-    if len(renumbered) > 1:
-        filled = renumbered.flatten(1).any(dim=1)
-        filled[0] |= not filled.any()
-        renumbered = renumbered[filled]
-    boxes = boxes_of_map(renumbered, int(keep.sum()))
-    return {"boxes": boxes, "labels": labels[keep], "instance_map": renumbered}
+    pixels, count = instance_map.numpy(), len(labels)
+    runs = find_runs(pixels)
+    boxes, areas = measure_runs(runs, runs.values - 1, count, pixels.shape[1:])
+    keep = (areas > 0) & (areas >= min_visible * full_areas.numpy())
+    numbers = np.zeros(count + 1, np.int32)
+    numbers[1:][keep] = np.arange(1, keep.sum() + 1)
+    renumbered = numbers[pixels]
+    filled = np.unique(runs.starts[keep[runs.values - 1]] // pixels[0].size)
+    return {
+        "boxes": torch.from_numpy(boxes[keep]),
+        "labels": labels[torch.from_numpy(keep)],
+        "instance_map": torch.from_numpy(renumbered[filled if len(filled) else [0]]),
+    }
 
 
 def count_areas(instance_map: torch.Tensor, count: int) -> torch.Tensor:
     """Return the pixels of each of `count` instances in a map [L, H, W], int64 [count]."""
     return torch.bincount(instance_map.flatten(), minlength=count + 1)[1:]
-
-
-def boxes_of_map(instance_map: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the tight half-open boxes of all instances of a map.
-
-    Args:
-        instance_map: int32 [L, H, W]; each of 1..count occurs.
-        count: number of instances.
-
-    Returns:
-        float32 [count, 4], xyxy, pixels; a cell of one pixel has width and height 1.
-    """
-    _, y, x = torch.nonzero(instance_map, as_tuple=True)
-    index = instance_map[instance_map != 0].long() - 1
-    boxes = torch.zeros(4, count, dtype=torch.int64)
-    for row, values, reduce in ((0, x, "amin"), (1, y, "amin"), (2, x + 1, "amax")):
-        boxes[row].scatter_reduce_(0, index, values, reduce, include_self=False)
-    boxes[3].scatter_reduce_(0, index, y + 1, "amax", include_self=False)
-    return boxes.T.contiguous().float()
 
 
 def flip_and_turn(pixels: torch.Tensor, turn: int) -> torch.Tensor:
