@@ -175,6 +175,7 @@ def test_planes_stored_apart_and_white_stored_as_zero(tmp_path):
     assert np.array_equal(reading.read_image(tmp_path / "p.tif"), planes.transpose(1, 2, 0))
     tifffile.imwrite(tmp_path / "w.tif", np.uint8([[0, 255]]), photometric="miniswhite")
     assert reading.read_image(tmp_path / "w.tif")[..., 0].tolist() == [[255, 0]]
+    assert reading.read_instance_ids(tmp_path / "w.tif").tolist() == [[0, 255]]
 
 
 def _write_map(folder, values):
@@ -231,6 +232,11 @@ FAULTS = [
         lambda d: _write_map(d, _cell_of(2.0**31)),
         ["class1.tif", "id 2147483648.0", "2147483647"],
         "too large for int32",
+    ),
+    (
+        lambda d: _write_map(d, _cell_of(2.0**31, np.float32)),
+        ["class1.tif", "id 2147483648.0"],
+        "too large, in a type too coarse for the largest id",
     ),
     (
         lambda d: _write_map(d, _cell_of(2**40, np.int64)),

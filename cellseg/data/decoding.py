@@ -22,15 +22,18 @@ _PNG_PALETTE = 3
 _TIFF_PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "YCBCR"}
 
 
-def read_pixels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_pixels(
+    path: str | Path, *, invert_white: bool = False, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Return the pixels of a one-page TIFF or PNG file as they are stored.
 
     The size that the file claims is checked before memory is taken for it. Costs what the codec
-    costs: no pixel is touched after decoding, save where white is stored as 0 (inverted here).
-    Uncompressed TIFFs are mapped into memory instead of copied.
+    costs; uncompressed TIFFs are mapped into memory instead of copied.
 
     Args:
         path: the file; its content, not its name, tells TIFF from PNG.
+        invert_white: whether to invert an unsigned TIFF in which 0 means white, as an image
+            needs it and a map of ids does not.
         max_pixels: refuse files that claim more pixels than this.
 
     Returns:
@@ -51,7 +54,7 @@ def read_pixels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
         raise DataError(f"{path} is empty (0 bytes); copy it anew from its source")
     if head.startswith(_PNG_SIGNATURE):
         return _read_png(path, head, max_pixels)
-    return _read_tiff(path, max_pixels)
+    return _read_tiff(path, invert_white, max_pixels)
 
 
 def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
@@ -68,7 +71,7 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
         raise _damaged(path, error) from error
 
 
-def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
+def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -82,13 +85,13 @@ def _read_tiff(path: Path, max_pixels: int) -> np.ndarray:
             page = tiff.pages[0]
             _check_page(path, page, tiff.filehandle.size, max_pixels)
             pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
-            white_is_zero = page.photometric.name == "MINISWHITE"
+            invert = invert_white and page.photometric.name == "MINISWHITE"
             planar = page.axes == "SYX"
     except DataError:
         raise
     except Exception as error:  # whatever a damaged file makes the codec raise
         raise _damaged(path, error) from error
-    if white_is_zero and pixels.dtype.kind == "u":
+    if invert and pixels.dtype.kind == "u":
         pixels = ~pixels
     return np.moveaxis(pixels, 0, -1) if planar else pixels
 

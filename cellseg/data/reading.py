@@ -118,7 +118,7 @@ def read_image(
     Raises:
         DataError: if the file cannot be read or is not an image of 8 or 16 bit or 0-1.
     """
-    pixels = read_pixels(path, max_pixels=max_pixels)
+    pixels = read_pixels(path, invert_white=True, max_pixels=max_pixels)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.shape[2] not in (1, 2, 3, 4):
@@ -190,6 +190,8 @@ def _read_runs(path: str | Path, max_pixels: int) -> tuple[Runs, tuple[int, int]
 def _check_ids(path: str | Path, runs: Runs, width: int) -> None:
     """Raise for the first value of a map of this width that cannot be an id."""
     values = runs.values
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)  # so that the largest id can be told from the next
     good = (values > 0) & (values <= MAX_ID)
     if values.dtype.kind == "f":
         good &= values == np.floor(values)
