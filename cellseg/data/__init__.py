@@ -2,7 +2,7 @@
 
 from cellseg.data.audit import Audit, ImageRow, Oddity, audit
 from cellseg.data.channels import ChannelOrder, detect_channel_order
-from cellseg.data.dataset import CellDataset, TestDataset
+from cellseg.data.dataset import CellDataset, SampleImages, TestDataset
 from cellseg.data.loaders import EpochSampler, log_balanced_weights, make_loaders
 from cellseg.data.reading import (
     CLASS_NAMES,
@@ -22,6 +22,7 @@ from cellseg.data.release import (
 )
 from cellseg.data.sample import make_sample_release
 from cellseg.data.splits import split_ids
+from cellseg.data.tissue import make_tissue
 from cellseg.data.transforms import TrainTransform, update_target
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ImageRow",
     "Oddity",
     "Release",
+    "SampleImages",
     "TestDataset",
     "TestImage",
     "TrainTransform",
@@ -46,6 +48,7 @@ __all__ = [
     "log_balanced_weights",
     "make_loaders",
     "make_sample_release",
+    "make_tissue",
     "read_image",
     "read_instance_ids",
     "read_sample",

@@ -148,9 +148,8 @@ class CellDataset(Dataset):
     def read_instances(self, index: int) -> tuple[torch.Tensor, Instances]:
         """Return the image, channels mended, and its cells with their ids and areas."""
         files = self.files(index)
-        pixels = read_image(files.image)
-        cells = read_instances(files, pixels.shape[:2])
-        return _to_image(pixels, self.channel_order), cells
+        image = _read_tensor(files.image, self.channel_order)
+        return image, read_instances(files, tuple(image.shape[1:]))
 
     def subset(
         self, sample_ids: Sequence[str], *, transform: Transform | None = None
@@ -230,14 +229,31 @@ class TestDataset(Dataset):
         """
         entry = self.images[operator.index(index)]
         path = self.test_dir / entry.file_name
-        pixels = read_image(path)
-        height, width = pixels.shape[:2]
+        image = _read_tensor(path, self.channel_order)
+        height, width = image.shape[1:]
         if (height, width) != (entry.height, entry.width):
             raise DataError(
                 f"{path} has {height} x {width} pixels, the index says {entry.height} x "
                 f"{entry.width} (height x width); extract the release anew"
             )
-        return _to_image(pixels, self.channel_order), entry.image_id
+        return image, entry.image_id
+
+
+class SampleImages(Dataset):
+    """The images of a `CellDataset` as `(image, image_id)`; no map is read."""
+
+    def __init__(self, dataset: CellDataset) -> None:
+        """Keep the dataset; its transform is not used."""
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return the image, uint8 [3, H, W] in RGB, and its image_id."""
+        path = self.dataset.files(index).image
+        return _read_tensor(path, self.dataset.channel_order), self.dataset.image_ids[index]
 
 
 def list_sample_ids(train_dir: str | Path) -> list[str]:
@@ -261,10 +277,10 @@ def draw_generator(seed: int, epoch: int, image_id: int, draw: int) -> torch.Gen
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _to_image(pixels: np.ndarray, channel_order: str) -> torch.Tensor:
-    """Return uint8 [H, W, 3] pixels as a contiguous RGB tensor [3, H, W]."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    return image.flip(0) if channel_order == "swapped" else image
+def _read_tensor(path: Path, channel_order: str) -> torch.Tensor:
+    """Return an image as a contiguous RGB tensor, uint8 [3, H, W]."""
+    pixels = read_image(path, swapped=channel_order == "swapped")
+    return torch.from_numpy(pixels.transpose(2, 0, 1))
 
 
 def _check_order(channel_order: str, allowed: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision import models as zoo
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -69,6 +70,7 @@ class DetectorOptions:
         detections_per_image: detections kept in an image; dense tissue has hundreds.
         score_threshold: detections below it are dropped, 0-1.
         nms_threshold: box IoU over which two detections of one class are one cell, 0-1.
+        seed: of the weights that are drawn at random.
     """
 
     anchor_sizes: Sequence[int] = ANCHOR_SIZES
@@ -83,6 +85,7 @@ class DetectorOptions:
     detections_per_image: int = 1000
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -209,21 +212,10 @@ def _build(
     options = _check_options(name, num_classes, given)
     frozen = options.norm == "frozen" or (options.norm == "auto" and weights is not None)
     norm_layer = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-    body = make_body(norm_layer)
-    backbone = BackboneWithFPN(
-        body.network,
-        body.taps,
-        body.channels,
-        options.fpn_channels,
-        extra_blocks=LastLevelMaxPool(),
-        norm_layer=norm_layer if deep_heads else None,
-    )
-    model = GeneralizedRCNN(
-        backbone,
-        _rpn(options, deep=deep_heads),
-        _roi_heads(options, num_classes, norm_layer if deep_heads else None),
-        CellTransform(options.image_scale),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        body = make_body(norm_layer)
+        model = _compose(body, options, num_classes, norm_layer, deep_heads)
     model.provenance = _load(model, weights, named, name)
     for stage in body.stages[: len(body.stages) - options.trainable_stages]:
         for module in stage:
@@ -238,6 +230,31 @@ def _build(
             "the limit; lower fpn_channels, head_width or trainable_stages"
         )
     return model
+
+
+def _compose(
+    body: _Body,
+    options: DetectorOptions,
+    num_classes: int,
+    norm_layer: type[nn.Module],
+    deep_heads: bool,
+) -> GeneralizedRCNN:
+    """Return the detector around a backbone, with random weights."""
+    head_norm = norm_layer if deep_heads else None
+    backbone = BackboneWithFPN(
+        body.network,
+        body.taps,
+        body.channels,
+        options.fpn_channels,
+        extra_blocks=LastLevelMaxPool(),
+        norm_layer=head_norm,
+    )
+    return GeneralizedRCNN(
+        backbone,
+        _rpn(options, deep=deep_heads),
+        _roi_heads(options, num_classes, head_norm),
+        CellTransform(options.image_scale),
+    )
 
 
 def _check_options(name: str, num_classes: int, given: dict[str, Any]) -> DetectorOptions:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from cellseg.data import SampleImages
 from cellseg.errors import CheckpointError, TrainingError
 from cellseg.evaluation import dataset_truth, score_records
 from cellseg.files import read_json
@@ -259,7 +260,7 @@ class _Session:
             scores = score_records(truths[0], validation.records)
             with autocast(self.device, self.dtype):
                 records = predict_images(
-                    averaged, _images_with_ids(probe), score_threshold=0.0, progress=False
+                    averaged, SampleImages(probe), score_threshold=0.0, progress=False
                 )
             probe_ap50 = score_records(truths[1], records).ap50
         val = validation.losses
@@ -341,12 +342,6 @@ def _probe_dataset(dataset: Any, count: int) -> Any:
     count = min(count, len(ids))
     chosen = [ids[index * len(ids) // count] for index in range(count)]
     return dataset.subset(chosen)
-
-
-def _images_with_ids(dataset: Any) -> list[tuple[Tensor, int]]:
-    """Return the images of a small dataset with their ids."""
-    samples = (dataset[index] for index in range(len(dataset)))
-    return [(image, target["image_id"]) for image, target in samples]
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

@@ -32,8 +32,7 @@ def pick_device(device: str = "auto") -> torch.device:
 def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
     """Return the type that convolutions and linear layers compute in.
 
-    "auto" takes bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with
-    AVX512-BF16), float16 on older CUDA, else float32.
+    "auto" takes bfloat16 on CUDA from Ampere on, float16 on older CUDA, else float32.
 
     Raises:
         SettingsError: if the precision is unknown, or float16 is asked for off CUDA, where
@@ -47,8 +46,6 @@ def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return torch.bfloat16
     return torch.float32
 
 

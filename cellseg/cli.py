@@ -1,0 +1,296 @@
+"""The command line: `python -m cellseg <command>`, made from the functions the notebook calls."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cellseg.errors import CellsegError, SettingsError
+
+app = typer.Typer(
+    help="Segment cells with Mask R-CNN, from annotated images to a checked result file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Names = Annotated[
+    str, typer.Option("--class-names", help="Names of class1, class2, ..., with commas between.")
+]
+DEFAULT_NAMES = "epithelial,lymphocyte,neutrophil,macrophage"
+Ids = Annotated[
+    str | None,
+    typer.Option(help="Sample ids (folder names) with commas between, or a file of one a line."),
+]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+TrainDir = Annotated[
+    Path, typer.Argument(help="Folder of samples: one folder each, with image and class maps.")
+]
+
+
+class Backbone(StrEnum):
+    """Builders by their short names."""
+
+    resnet50v2 = "resnet50v2"
+    mobilenetv2 = "mobilenetv2"
+    resnext50 = "resnext50"
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Folder to fill with a made release.")],
+    train_images: Annotated[int, typer.Option(help="Number of annotated images.")] = 40,
+    test_images: Annotated[int, typer.Option(help="Number of images without truth.")] = 6,
+    image_size: Annotated[int, typer.Option(help="Typical side of an image, pixels.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Make a release of drawn tissue, to try the workflow without data."""
+    from cellseg.data import make_sample_release
+
+    release = make_sample_release(
+        folder, train_images=train_images, test_images=test_images, image_size=image_size, seed=seed
+    )
+    typer.echo(f"made tissue lies in {release.root}")
+
+
+@app.command()
+def audit(
+    train_dir: TrainDir,
+    class_names: Names = DEFAULT_NAMES,
+    figure: Annotated[Path | None, typer.Option(help="Where to save the figure, .png.")] = None,
+) -> None:
+    """Say what a folder of samples holds, and what in it looks like a mistake."""
+    from cellseg.data import CellDataset
+    from cellseg.data import audit as audit_dataset
+    from cellseg.report import plot_audit, save_figure
+
+    found = audit_dataset(CellDataset(train_dir, class_names=_split(class_names)), progress=True)
+    typer.echo(found.table())
+    if figure is not None:
+        typer.echo(f"figure: {save_figure(plot_audit(found), figure)}")
+
+
+@app.command()
+def train(
+    train_dir: TrainDir,
+    backbone: Annotated[Backbone, typer.Option(help="Which get_model_* builds the model.")] = (
+        Backbone.resnet50v2
+    ),
+    weights: Annotated[
+        str, typer.Option(help="DEFAULT, COCO, IMAGENET, a file of weights, or none.")
+    ] = "DEFAULT",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training, after which the run ends.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Crops a step.")] = 4,
+    crop_size: Annotated[int, typer.Option(help="Side of a training crop, image pixels.")] = 512,
+    draws_per_image: Annotated[int, typer.Option(help="Crops of an image in an epoch.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
+    image_scale: Annotated[float, typer.Option(help="Network pixels per image pixel.")] = 1.0,
+    fpn_channels: Annotated[int, typer.Option(help="Width of FPN, RPN and mask head.")] = 256,
+    rois_per_image: Annotated[int, typer.Option(help="RoIs that the losses see.")] = 512,
+    val_ids: Ids = None,
+    val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
+    validate_every: Annotated[int, typer.Option(help="Validate every so many epochs.")] = 1,
+    class_names: Names = DEFAULT_NAMES,
+    runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Train a model; run again to go on. Give --epochs or --minutes."""
+    from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
+    from cellseg.models import BUILDERS
+    from cellseg.training import fit, open_run
+
+    if epochs is None and minutes is None:
+        raise SettingsError("give --epochs or --minutes, so that the run has an end")
+    dataset = CellDataset(train_dir, class_names=_split(class_names), seed=seed)
+    counts = {sid: dataset.class_counts(i) for i, sid in enumerate(dataset.sample_ids)}
+    chosen = _read_ids(val_ids)
+    train_ids, held_ids = split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=chosen)
+    train_data = dataset.subset(train_ids, transform=TrainTransform(crop_size=crop_size))
+    val_data = dataset.subset(held_ids)
+    model = BUILDERS[f"get_model_{backbone}"](
+        dataset.num_classes,
+        weights=None if weights == "none" else weights,
+        image_scale=image_scale,
+        fpn_channels=fpn_channels,
+        rois_per_image=rois_per_image,
+        seed=seed,
+    )
+    schedule = {
+        "epochs": epochs,
+        "time_budget": minutes and minutes * 60,
+        "learning_rate": learning_rate,
+        "validate_every": validate_every,
+        "precision": precision,
+    }
+    crops = {
+        "batch_size": batch_size,
+        "crop_size": crop_size,
+        "draws_per_image": draws_per_image,
+    }
+    run = open_run(
+        runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed, name=name
+    )
+    typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
+    train_loader, val_loader = make_loaders(
+        train_data,
+        val_data,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        draws_per_image=draws_per_image,
+    )
+    for epoch in fit(
+        model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
+    ):
+        typer.echo(_one_line(epoch))
+    typer.echo(f"run folder: {run.path}")
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's best.pt or last.pt.")],
+    output: Annotated[Path, typer.Argument(help="Result file to write, .json.")],
+    release: Annotated[
+        Path | None, typer.Option(help="Release whose test images to segment.")
+    ] = None,
+    train_dir: Annotated[
+        Path | None, typer.Option(help="Or: a folder of samples to segment whole.")
+    ] = None,
+    ids: Ids = None,
+    score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.05,
+    mask_threshold: Annotated[float, typer.Option(help="A pixel's least probability.")] = 0.5,
+    device: Device = "auto",
+) -> None:
+    """Segment test images, or samples with truth, from a checkpoint alone."""
+    from cellseg.coco import write_records
+    from cellseg.data import CellDataset, SampleImages, TestDataset, find_release
+    from cellseg.inference import predict_images
+    from cellseg.training import load_model, pick_device
+
+    if (release is None) == (train_dir is None):
+        raise SettingsError("give either --release (test images) or --train-dir (samples)")
+    model = load_model(checkpoint, pick_device(device))
+    if release is not None:
+        found = find_release(release_dir=release)
+        if found.test_dir is None or found.index_path is None:
+            raise SettingsError(f"{release} has no test images; extract the whole archive")
+        images = TestDataset(found.test_dir, found.index_path, channel_order=model.channel_order)
+    else:
+        samples = CellDataset(train_dir, class_names=model.class_names, sample_ids=_read_ids(ids))
+        images = SampleImages(samples)
+    records = predict_images(
+        model, images, score_threshold=score_threshold, mask_threshold=mask_threshold
+    )
+    write_records(output, records)
+    typer.echo(f"{len(records)} cells in {len(images)} images: {output}")
+
+
+@app.command()
+def evaluate(
+    records_file: Annotated[Path, typer.Argument(help="Result file of samples with truth.")],
+    train_dir: TrainDir,
+    ids: Ids = None,
+    class_names: Names = DEFAULT_NAMES,
+) -> None:
+    """Score a result file against the truth: AP, uncapped and at 100 detections."""
+    from dataclasses import asdict
+
+    from cellseg.coco import read_records
+    from cellseg.data import CellDataset
+    from cellseg.evaluation import dataset_truth, score_records
+
+    names = _split(class_names)
+    dataset = CellDataset(train_dir, class_names=names, sample_ids=_read_ids(ids))
+    records = read_records(records_file, category_ids=range(1, len(names) + 1))
+    scores = score_records(dataset_truth(dataset, progress=True), records)
+    typer.echo(json.dumps(asdict(scores), indent=1))
+
+
+@app.command()
+def ensemble(
+    predictions: Annotated[Path, typer.Argument(help="Folder of result files.")] = Path(
+        "predictions"
+    ),
+    output_dir: Annotated[Path, typer.Option(help="Where the result and its zip go.")] = Path("."),
+    iou_threshold: Annotated[float, typer.Option(help="Mask IoU of one and the same cell.")] = 0.5,
+    agreement: Annotated[bool, typer.Option(help="Reward cells that members agree on.")] = True,
+    num_classes: Annotated[int, typer.Option(help="Classes 1..N that may occur.")] = 4,
+) -> None:
+    """Merge every result file of a folder into test-results.json and its zip."""
+    from cellseg.ensemble import ensemble_files
+    from cellseg.submission import write_submission
+
+    result = ensemble_files(
+        predictions,
+        iou_threshold=iou_threshold,
+        agreement=agreement,
+        category_ids=range(1, num_classes + 1),
+    )
+    typer.echo(result.summary())
+    for path in write_submission(result.records, output_dir):
+        typer.echo(str(path))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    title: Annotated[str, typer.Option(help="Title of the report.")] = (
+        "Cell instance segmentation with Mask R-CNN"
+    ),
+    name: Annotated[str, typer.Option(help="Author, in any script.")] = "",
+    student_id: Annotated[str, typer.Option(help="Printed beside the name.")] = "",
+    output: Annotated[Path | None, typer.Option(help="The PDF; default: in the run.")] = None,
+) -> None:
+    """Write the PDF report of a run."""
+    from cellseg.report import build_report
+
+    built = build_report(run_dir, title=title, name=name, student_id=student_id, output=output)
+    for warning in built.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{built.path}: {built.pages} pages")
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line and exit code 1."""
+    try:
+        app()
+    except CellsegError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    """Return names that stand with commas between."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _read_ids(ids: str | None) -> list[str] | None:
+    """Return ids given with commas between, or one a line in a file."""
+    if ids is None:
+        return None
+    path = Path(ids)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ids.replace(",", "\n")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _one_line(epoch: object) -> str:
+    """Return an epoch's figures as one line."""
+    shown = {
+        "loss": epoch.train_loss,
+        "val_loss": epoch.val_loss,
+        "AP50": epoch.ap50,
+        "AP50@100": epoch.ap50_100,
+        "train_AP50": epoch.train_ap50,
+    }
+    parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    return f"epoch {epoch.epoch}: {', '.join(parts)}, {epoch.seconds:.0f} s"
