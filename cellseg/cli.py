@@ -152,7 +152,7 @@ def train(
     for epoch in fit(
         model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
     ):
-        typer.echo(_one_line(epoch))
+        typer.echo(epoch.line())
     typer.echo(f"run folder: {run.path}")
 
 
@@ -281,16 +281,3 @@ def _read_ids(ids: str | None) -> list[str] | None:
     path = Path(ids)
     text = path.read_text(encoding="utf-8") if path.is_file() else ids.replace(",", "\n")
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _one_line(epoch: object) -> str:
-    """Return an epoch's figures as one line."""
-    shown = {
-        "loss": epoch.train_loss,
-        "val_loss": epoch.val_loss,
-        "AP50": epoch.ap50,
-        "AP50@100": epoch.ap50_100,
-        "train_AP50": epoch.train_ap50,
-    }
-    parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
-    return f"epoch {epoch.epoch}: {', '.join(parts)}, {epoch.seconds:.0f} s"

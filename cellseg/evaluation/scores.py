@@ -37,6 +37,20 @@ class Scores:
     ap75_100: float | None
     ap50_per_class: dict[str, float | None]
 
+    def table(self) -> str:
+        """Return the scores as a Markdown table; "-" where there is no truth."""
+        rows = [
+            ("AP50", self.ap50, self.ap50_100),
+            ("AP75", self.ap75, self.ap75_100),
+            ("AP", self.ap, self.ap_100),
+            *((f"AP50, {name}", value, None) for name, value in self.ap50_per_class.items()),
+        ]
+        lines = ["| | uncapped | at 100 |", "|---|---|---|"]
+        for name, *values in rows:
+            shown = ["-" if value is None else f"{value:.3f}" for value in values]
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        return "\n".join(lines)
+
 
 def dataset_truth(dataset: Any, *, progress: bool = False) -> Truth:
     """Return the ground truth of a dataset as a COCO dict.

@@ -10,7 +10,7 @@ from cellseg.training.run import (
     read_history,
     write_evaluation,
 )
-from cellseg.training.validation import validate
+from cellseg.training.validation import to_device, validate
 
 __all__ = [
     "EpochSummary",
@@ -21,6 +21,7 @@ __all__ = [
     "pick_device",
     "read_checkpoint",
     "read_history",
+    "to_device",
     "validate",
     "write_evaluation",
 ]

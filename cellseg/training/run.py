@@ -60,6 +60,18 @@ class EpochSummary:
     images_per_second: float
     peak_memory_mb: float | None
 
+    def line(self) -> str:
+        """Return the epoch as one line of text."""
+        shown = {
+            "loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "AP50": self.ap50,
+            "AP50@100": self.ap50_100,
+            "train_AP50": self.train_ap50,
+        }
+        parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+        return f"epoch {self.epoch}: {', '.join(parts)}, {self.seconds:.0f} s"
+
 
 @dataclass(frozen=True)
 class Run:
