@@ -24,8 +24,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 run: $(STAMP) ## execute Training.ipynb from top to bottom; its copy goes to the run's folder
-	@$(PY) -u -c 'from cellseg.notebook import execute_notebook; \
-		print("executed notebook:", execute_notebook("Training.ipynb", tell=print))'
+	@$(PY) -u -m cellseg run
 
 test: $(STAMP) ## run all tests
 	$(PY) -m pytest

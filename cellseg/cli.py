@@ -260,6 +260,29 @@ def report(
     typer.echo(f"{built.path}: {built.pages} pages")
 
 
+@app.command("run")
+def run_notebook(
+    notebook: Annotated[Path, typer.Argument(help="The notebook.")] = Path("Training.ipynb"),
+) -> None:
+    """Execute the notebook from top to bottom and say where everything lies."""
+    from cellseg.notebook import execute_notebook
+    from cellseg.training import read_history
+
+    executed = execute_notebook(notebook, tell=typer.echo)
+    run_dir = executed.parent
+    history = read_history(run_dir)
+    typer.echo(f"\n{history[-1].line()}" if history else "")
+    found = [
+        ("executed notebook", executed),
+        ("report", run_dir / "report.pdf"),
+        ("figures", run_dir / "figures"),
+        ("weights", run_dir / "best.pt"),
+        ("metrics", run_dir / "metrics.jsonl"),
+    ]
+    for name, path in found:
+        typer.echo(f"{name + ':':19}{path}")
+
+
 def main() -> None:
     """Run the command line; our own errors become one line and exit code 1."""
     try:

@@ -37,7 +37,8 @@ def execute_notebook(
         parameters: values that replace those of the cell tagged `parameters`: a cell after it
             assigns them (plain values and paths).
         timeout: seconds that one cell may take; None sets no limit.
-        tell: called before each code cell with a line such as "[3/20] Training".
+        tell: called with a line such as "[3/20] Training" before each code cell, and with what
+            the cells print.
 
     Returns:
         the path of the copy.
@@ -51,7 +52,8 @@ def execute_notebook(
     if parameters:
         _inject(notebook, parameters, path)
     folder = path.resolve().parent
-    client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}})
+    client = _TellingClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}})
+    client.tell = tell
     failure, run_dir = None, None
     with client.setup_kernel():
         try:
@@ -65,6 +67,22 @@ def execute_notebook(
     if failure is not None:
         raise CellsegError(_failure_text(failure, notebook, path, output_path)) from None
     return output_path
+
+
+class _TellingClient(NotebookClient):
+    """A notebook client that passes on what the cells print."""
+
+    tell: Callable[[str], None] | None = None
+
+    def process_message(
+        self, msg: dict, cell: NotebookNode, cell_index: int
+    ) -> NotebookNode | None:
+        """Handle one message of the kernel; printed lines are told too."""
+        content = msg["content"]
+        if self.tell and msg["msg_type"] == "stream" and content["name"] == "stdout":
+            for line in content["text"].splitlines():
+                self.tell(f"    {line}")
+        return super().process_message(msg, cell, cell_index)
 
 
 def _inject(notebook: NotebookNode, parameters: Mapping[str, Any], path: Path) -> None:

@@ -30,7 +30,9 @@ def test_parameters_replace_settings_and_the_copy_goes_to_the_run(tmp_path):
     copy = execute_notebook(path, parameters={"rounds": 5}, tell=told.append)
     assert copy == tmp_path / "runs" / "a" / "Tiny.ipynb"
     assert texts(copy) == ["5 a\n"]
-    assert told == ["[1/4] Settings", "[2/4] Settings", "[3/4] Part 0", "[4/4] Part 1"]
+    assert told == [
+        "[1/4] Settings", "[2/4] Settings", "[3/4] Part 0", "    5 a", "[4/4] Part 1",
+    ]  # fmt: skip
     assert path.read_bytes() == before
 
 

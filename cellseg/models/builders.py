@@ -44,6 +44,10 @@ from cellseg.models.weights import (
 
 ANCHOR_SIZES = (8, 16, 32, 64, 128)
 NORMS = ("auto", "frozen", "trained")
+COUNTS = (
+    "fpn_channels", "head_width", "rpn_samples", "rois_per_image", "proposals",
+    "detections_per_image",
+)  # fmt: skip
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 MAX_TRAINABLE_PARAMETERS = 200_000_000  # the course's limit
 
@@ -278,6 +282,7 @@ def _check_options(name: str, num_classes: int, given: dict[str, Any]) -> Detect
         (0 <= options.trainable_stages <= 5, f"trainable_stages={options.trainable_stages}: 0-5"),
         (0 <= options.score_threshold <= 1, f"score_threshold={options.score_threshold}: 0 to 1"),
         (0 <= options.nms_threshold <= 1, f"nms_threshold={options.nms_threshold}: 0 to 1"),
+        *((getattr(options, k) >= 1, f"{k}={getattr(options, k)}: 1 or more") for k in COUNTS),
     ]  # fmt: skip
     for holds, message in conditions:
         if not holds:

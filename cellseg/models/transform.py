@@ -72,7 +72,7 @@ class CellTransform(nn.Module):
         """Return one image, normalised and scaled, float32 [3, h, w]."""
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected [3, H, W]")
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        image = image.float() / (255 if image.dtype == torch.uint8 else 1)
         image = (image - self.mean) / self.std
         if self.image_scale == 1:
             return image

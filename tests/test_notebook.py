@@ -1,0 +1,89 @@
+"""Training.ipynb, executed: as a newcomer without data, and as a user with a release."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+
+from cellseg import coco
+from cellseg.data import make_sample_release, read_test_index
+from cellseg.notebook import execute_notebook
+from cellseg.training import load_model, read_history
+
+pytestmark = pytest.mark.slow
+NOTEBOOK = Path(__file__).resolve().parents[1] / "Training.ipynb"
+
+
+def markdown_of(notebook: Path) -> str:
+    """Return the Markdown that the cells of an executed notebook show."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+
+
+def check_results(run_dir: Path, predictions_dir: Path, output_dir: Path, index_path: Path):
+    """Assert that a run left everything behind, in the form that it should have."""
+    history = read_history(run_dir)
+    assert [epoch.epoch for epoch in history] == [1]
+    assert all(np.isfinite([history[0].train_loss, history[0].val_loss]))
+    assert load_model(run_dir / "best.pt").class_names[0] == "epithelial"
+    for name in ("learning_curves.png", "confusion_matrix.png", "overlay_1.png"):
+        assert (run_dir / "figures" / name).stat().st_size > 10_000
+    assert (run_dir / "report.pdf").read_bytes().startswith(b"%PDF")
+
+    sizes = {row.image_id: (row.height, row.width) for row in read_test_index(index_path)}
+    rules = {"image_ids": sizes, "category_ids": range(1, 5), "image_sizes": sizes}
+    records = coco.read_records(predictions_dir / f"{run_dir.name}.json", **rules)
+    assert records == coco.sort_records(records)
+    merged = coco.read_records(output_dir / "test-results.json", **rules)
+    assert len(merged) <= len(records)
+    with zipfile.ZipFile(output_dir / "test-results.zip") as file:
+        assert file.namelist() == ["test-results.json"]
+        assert json.loads(file.read("test-results.json")) == merged
+
+
+def test_without_a_release_made_tissue_stands_in_and_is_marked(tmp_path):
+    parameters = {
+        "runs_dir": str(tmp_path),
+        "quick": True,
+        "sample_images": 6,
+        "workers": 0,
+        "overrides": {"epochs": 1, "crop_size": 64, "batch_size": 2},
+    }
+    executed = execute_notebook(NOTEBOOK, parameters=parameters)
+    root = tmp_path / "sample"
+    assert executed.parent.parent == root
+    index = root / "hw3-data-release" / "test_image_name_to_ids.json"
+    check_results(executed.parent, root / "predictions", root, index)
+    assert markdown_of(executed).count("drawn tissue") >= 4
+    assert json.loads((executed.parent / "settings.json").read_text())["sample_data"] is True
+
+
+def test_with_a_release_it_is_the_users_own_run(tmp_path):
+    release = make_sample_release(
+        tmp_path / "data", train_images=5, test_images=2, seed=3, image_size=96
+    )
+    coco_like = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
+    torch.save(coco_like.state_dict(), tmp_path / "coco.pth")
+    parameters = {
+        "quick": False,
+        "release_dir": str(release.root),
+        "weights": str(tmp_path / "coco.pth"),
+        "runs_dir": str(tmp_path / "runs"),
+        "predictions_dir": str(tmp_path / "predictions"),
+        "output_dir": str(tmp_path / "out"),
+        "workers": 0,
+        "overrides": {"epochs": 1, "crop_size": 64, "batch_size": 2, "draws_per_image": 1},
+    }
+    executed = execute_notebook(NOTEBOOK, parameters=parameters)
+    assert executed.parent.name.startswith("resnet50v2-")
+    check_results(executed.parent, tmp_path / "predictions", tmp_path / "out", release.index_path)
+    assert "drawn tissue" not in markdown_of(executed)
+    settings = json.loads((executed.parent / "settings.json").read_text())
+    assert settings["sample_data"] is False
+    assert "re-made: roi_heads.box_predictor" in settings["provenance"]
