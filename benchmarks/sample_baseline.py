@@ -4,7 +4,7 @@ Haematoxylin by colour deconvolution, Gaussian, Otsu, watershed on the distance 
 of nine settings. The baseline is helped twice: each blob is told the class of the truth cell that
 it overlaps most, and blobs that overlap none are left out.
 
-    python -m benchmarks.sample_baseline SAMPLE/train --settings RUN/settings.json
+    python -m benchmarks.sample_baseline SAMPLE/train --run RUN
 """
 
 import argparse
@@ -23,6 +23,7 @@ from skimage.segmentation import watershed
 from cellseg.coco import instance_map_to_rles, make_record
 from cellseg.data.dataset import CellDataset
 from cellseg.evaluation.scores import Scores, dataset_truth, score_records
+from cellseg.training import read_history
 
 SIGMAS = (2.0, 3.0, 4.0)
 MIN_DISTANCES = (4, 6, 9)
@@ -105,18 +106,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("train_dir", type=Path, help="folder of samples, each with its maps")
     parser.add_argument("--ids", nargs="*", help="score these samples only")
     parser.add_argument(
-        "--settings", type=Path, help="a run's settings.json: score its val_ids only"
+        "--run", type=Path, help="a run's folder: score its val_ids, and print its AP50 beside"
     )
     options = parser.parse_args(arguments)
     ids = options.ids
-    if options.settings:
-        ids = json.loads(options.settings.read_text(encoding="utf-8"))["val_ids"]
+    if options.run:
+        ids = json.loads((options.run / "settings.json").read_text(encoding="utf-8"))["val_ids"]
     dataset = CellDataset(options.train_dir, sample_ids=ids)
     scores, sigma, min_distance = best_baseline(dataset)
-    print(f"images {len(dataset)}, best of {len(SIGMAS) * len(MIN_DISTANCES)} settings:")
-    print(f"AP50 {scores.ap50:.3f} (sigma {sigma}, min distance {min_distance})")
+    print(f"images {len(dataset)}, AP50 uncapped")
+    print(
+        f"without learning, best of {len(SIGMAS) * len(MIN_DISTANCES)} settings: "
+        f"{scores.ap50:.3f} (sigma {sigma}, min distance {min_distance})"
+    )
     for name, value in scores.ap50_per_class.items():
         print(f"  {name}: {'none' if value is None else format(value, '.3f')}")
+    if options.run:
+        learned = read_history(options.run)[-1].ap50
+        print(f"learned, last epoch of {options.run.name}: {learned:.3f}")
+        print(f"difference: {learned - scores.ap50:+.3f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sized
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from cellseg.inference.pasting import masks_to_rles
 
 def predict_image(
     model: nn.Module,
-    image: Tensor,
+    image: Tensor | np.ndarray,
     *,
     image_id: int,
     score_threshold: float = 0.05,
@@ -22,7 +23,8 @@ def predict_image(
 
     Args:
         model: Mask R-CNN of this package, in eval mode, on any device.
-        image: uint8 [3, H, W], RGB (float in 0-1 is accepted).
+        image: uint8 [3, H, W], RGB (float in 0-1 is accepted), or an array [H, W, 3] as
+            `read_image` returns it.
         image_id: number written into each record.
         score_threshold: keep detections with score >= this, in 0-1; the model's own threshold
             has been applied before.
@@ -36,6 +38,8 @@ def predict_image(
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     device = next(model.parameters()).device
     with torch.inference_mode():
         detection = model([image.to(device)])[0]

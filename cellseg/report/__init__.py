@@ -6,6 +6,7 @@ from cellseg.report.plots import (
     plot_augmentations,
     plot_confusion_matrix,
     plot_learning_curves,
+    plot_prediction,
     plot_sample,
     plot_truth_and_prediction,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "plot_augmentations",
     "plot_confusion_matrix",
     "plot_learning_curves",
+    "plot_prediction",
     "plot_sample",
     "plot_truth_and_prediction",
     "save_figure",

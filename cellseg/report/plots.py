@@ -120,6 +120,25 @@ def plot_truth_and_prediction(
     return figure
 
 
+def plot_prediction(
+    image: Any,
+    records: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    score_threshold: float = 0.5,
+) -> Figure:
+    """Plot the predicted cells of one image as outlines by class; see `plot_truth_and_prediction`.
+
+    Returns:
+        a figure of one pane with a legend of counts.
+    """
+    figure, (axis,) = _image_panes(image, 1, 1)
+    found = outlines_of_records([row for row in records if row["score"] >= score_threshold])
+    _draw_image(axis, image, f"{count_cells(found)} of score {score_threshold:g} or more")
+    draw_outlines(axis, found)
+    _add_counts(axis, found, class_names)
+    return figure
+
+
 def plot_augmentations(
     samples: Sequence[tuple[Any, Mapping[str, Any]]], class_names: Sequence[str]
 ) -> Figure:
@@ -343,7 +362,7 @@ def _image_panes(image: Any, rows: int, columns: int) -> tuple[Figure, np.ndarra
     height, width = _to_pixels(image).shape[:2]
     pane_height = float(np.clip(_PANE_INCHES * height / width, 1.5, 2 * _PANE_INCHES))
     figure = new_figure(_PANE_INCHES * columns, (pane_height + 0.8) * rows)
-    return figure, figure.subplots(rows, columns)
+    return figure, np.atleast_1d(figure.subplots(rows, columns))
 
 
 def _draw_image(axis: Axes, image: Any, title: str, size: int = 11) -> None:
