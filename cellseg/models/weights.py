@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -36,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not all(
-        isinstance(value, Tensor) for value in content.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise WeightsError(f"{path} holds no state dict of tensors; save one with torch.save")
     return {key.removeprefix("module."): value for key, value in content.items()}
@@ -46,16 +47,21 @@ def download_weights(weights: object) -> dict[str, Tensor]:
     """Return the state dict of a torchvision weights entry, from the cache or the network.
 
     Raises:
-        WeightsError: without network; says which file to fetch and where to put it.
+        WeightsError: without network, which file to fetch and where to put it; or that the file
+            there is damaged.
     """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (URLError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        if path.is_file():
+            raise WeightsError(
+                f"{path} cannot be read as weights; remove it, so that it is fetched anew"
+            ) from error
         raise WeightsError(
             f"weights {weights} could not be downloaded ({error}); fetch {weights.url} on a "
-            f"machine with network and put the file into {folder}, or pass weights=None to start "
-            "from random weights"
+            f"machine with network and put the file into {path.parent}, or pass weights=None to "
+            "start from random weights"
         ) from error
 
 
