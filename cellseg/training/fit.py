@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cellseg.data import SampleImages
-from cellseg.errors import CheckpointError, TrainingError
+from cellseg.errors import CheckpointError, SettingsError, TrainingError
 from cellseg.evaluation import dataset_truth, score_records
 from cellseg.files import read_json
 from cellseg.inference import predict_images
@@ -91,6 +91,7 @@ def fit(
         CheckpointError: if `last.pt` is damaged or belongs to another model.
         SettingsError: if a setting cannot work.
     """
+    _check(accumulate, validate_every, resume)
     session = _Session(
         model,
         train_loader,
@@ -116,6 +117,15 @@ def fit(
         if scored and truths is None:
             truths = dataset_truth(val_loader.dataset), dataset_truth(probe)
         yield session.close_epoch(probe, truths if scored else None)
+
+
+def _check(accumulate: int, validate_every: int, resume: str) -> None:
+    """Raise SettingsError for a setting that nothing else looks at before training."""
+    for name, value in (("accumulate", accumulate), ("validate_every", validate_every)):
+        if value < 1:
+            raise SettingsError(f"{name}={value}; 1 or more")
+    if resume not in ("auto", "never"):
+        raise SettingsError(f"resume={resume!r}; use auto or never")
 
 
 def split_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -321,7 +331,7 @@ class _Session:
         if how != "auto":
             raise TrainingError(f"{path} exists; use resume='auto' to go on, or another run_dir")
         state = read_checkpoint(path)
-        if state["spec"] != self.model.spec:
+        if _network(state["spec"]) != _network(self.model.spec):
             raise CheckpointError(
                 f"{path} was written by {state['spec']}, not by this model "
                 f"({self.model.spec}); choose another run_dir"
@@ -330,10 +340,17 @@ class _Session:
         self.average.model.load_state_dict(state["ema"])
         self.average.updates = state["ema_updates"]
         self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was in another precision so far
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.best_ap50 = state["seconds"], state["best_ap50"]
         self.history = read_history(self.run_dir)[: self.epoch]
+
+
+def _network(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a spec without the place of its first weights, which a checkpoint replaces."""
+    arguments = {key: value for key, value in spec["arguments"].items() if key != "weights"}
+    return spec | {"arguments": arguments}
 
 
 def _probe_dataset(dataset: Any, count: int) -> Any:

@@ -109,6 +109,7 @@ def validate(
                 loader, total=total, desc="validate", leave=False, disable=not progress
             ):
                 images, targets = to_device(images, targets, device)
+                torch.manual_seed(seed + count)  # loaders draw, too: how often depends on workers
                 losses, detections = losses_and_detections(model, images, targets)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(images)
