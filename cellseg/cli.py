@@ -92,7 +92,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
     image_scale: Annotated[float, typer.Option(help="Network pixels per image pixel.")] = 1.0,
     fpn_channels: Annotated[int, typer.Option(help="Width of FPN, RPN and mask head.")] = 256,
+    head_width: Annotated[int, typer.Option(help="Units of the box head.")] = 1024,
     rois_per_image: Annotated[int, typer.Option(help="RoIs that the losses see.")] = 512,
+    proposals: Annotated[int, typer.Option(help="Boxes that the RPN hands on.")] = 2000,
     val_ids: Ids = None,
     val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
     validate_every: Annotated[int, typer.Option(help="Validate every so many epochs.")] = 1,
@@ -122,7 +124,9 @@ def train(
         weights=None if weights == "none" else weights,
         image_scale=image_scale,
         fpn_channels=fpn_channels,
+        head_width=head_width,
         rois_per_image=rois_per_image,
+        proposals=proposals,
         seed=seed,
     )
     schedule = {
