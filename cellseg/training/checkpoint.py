@@ -63,7 +63,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Generali
     try:
         model = build_from_spec(content["spec"])
         model.load_state_dict(content.get("ema") or content["model"])
-    except (SettingsError, RuntimeError, KeyError) as error:
+    except (SettingsError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} does not fit its own description: {reason}") from error
     settings = content.get("settings", {})

@@ -124,7 +124,8 @@ def open_run(
     Raises:
         TrainingError: if the folder of this name belongs to a run with other settings.
     """
-    settings = _describe(model, train_dataset, val_dataset, recipe, seed, sample_data)
+    described = _describe(model, train_dataset, val_dataset, recipe, seed, sample_data)
+    settings = json.loads(json.dumps(described, default=str))  # as they will be read: lists
     identity = _digest(_identity(settings))
     short = model.spec["builder"].removeprefix("get_model_")
     name = name or f"{short}-{identity[:8]}"
