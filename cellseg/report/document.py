@@ -23,7 +23,7 @@ from cellseg.report.style import save_figure
 _TEMPLATE = Path(__file__).with_name("report.typ")
 _MAX_PAGES = 3
 _MAX_OVERLAYS = 2
-_OVERLAY_PIXELS = 1000
+_OVERLAY_PIXELS = 900
 _SCORE_NAMES = {
     "ap50": "AP50",
     "ap": "AP",
@@ -231,7 +231,7 @@ def _copy_overlays(figures_dir: Path, root: Path) -> list[str]:
             image = image.convert("RGB")
         image.thumbnail((_OVERLAY_PIXELS, _OVERLAY_PIXELS))
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80, subsampling=0)
+        image.save(buffer, "JPEG", quality=75)
         names.append(f"{len(names)}.jpg")
         (root / names[-1]).write_bytes(buffer.getvalue())
     return names
