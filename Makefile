@@ -36,8 +36,8 @@ lint: $(STAMP) ## check style and format, the notebook included
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(STAMP) ## run the benchmarks one after the other
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+bench: $(STAMP) ## time and compare every stage with the usual way; writes benchmarks/results.md
+	$(PY) -m benchmarks.run
 
 report: $(STAMP) ## write report.pdf of a run: make report RUN=runs/sample/NAME
 	@test -n "$(RUN)" || { echo "which run? make report RUN=runs/NAME"; exit 1; }

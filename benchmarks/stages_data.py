@@ -2,11 +2,10 @@
 
 The reference reads as tutorials do, with one full-frame comparison a cell, and augments a stack
 of masks through torchvision's transforms. The rows `read_raw_codec` and `read_lzw_codec` hold
-reading against the codec alone; alone, `python -m benchmarks.stages_data` prints times and ratios.
+reading against the codec alone.
 """
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.stages_records import Stage
+from benchmarks.made import write_sample
+from benchmarks.stage import Stage
 from cellseg.data.reading import read_sample
 from cellseg.data.tissue import make_tissue
 from cellseg.data.transforms import TrainTransform
@@ -39,19 +39,7 @@ def make_sample(compression: str | None) -> Folder:
     """
     folder = tempfile.TemporaryDirectory()
     image, maps = make_tissue(SIDE, SIDE, density=DENSITY, seed=1)
-    rgba = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
-    options = {"compression": compression, "predictor": True} if compression else {}
-    tifffile.imwrite(
-        Path(folder.name, "image.tif"),
-        rgba,
-        photometric="rgb",
-        extrasamples=["unspecified"],
-        metadata=None,
-        **options,
-    )
-    for label, ids in maps.items():
-        path = Path(folder.name, f"class{label}.tif")
-        tifffile.imwrite(path, ids.astype(np.float64), metadata=None)
+    write_sample(Path(folder.name), image, maps, compression=compression)
     return folder
 
 
@@ -152,30 +140,3 @@ STAGES = (
     Stage("read_lzw_codec", 0.5, lambda: make_sample("lzw"), read_codec, read_ours, same_image),
     Stage("augment", 20, make_augmented, augment_stack, augment_ours, same_instances),
 )
-
-
-def _median_seconds(side: Any, data: Any, runs: int) -> float:
-    """Return the median time of some runs of one side."""
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        side(data)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
-
-
-def main() -> None:
-    """Print times, ratio and equality of every stage."""
-    for stage in STAGES:
-        data = stage.make()
-        equal = stage.equal(stage.reference(data), stage.ours(data))
-        reference = _median_seconds(stage.reference, data, 3)
-        ours = _median_seconds(stage.ours, data, 21)
-        print(
-            f"{stage.name}: {1000 * reference:.1f} ms, {1000 * ours:.1f} ms, "
-            f"{reference / ours:.1f} x (floor {stage.floor:g}), equal: {equal}"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,20 @@
 """Scoring and merging records: the libraries' own way and ours, on the same made input.
 
-A stage is its input, the two sides as functions of that input, whether their results are equal,
-and the least ratio of their times. The bench times the sides in one process and takes the memory
-of each in a child of its own; alone, `python -m benchmarks.stages_records` prints times and ratios.
+pycocotools compares every record with every truth, or with every other record, of an image and
+class; ours looks at neighbours only.
 """
 
 import contextlib
 import io
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from benchmarks.stage import Stage, median_seconds
 from cellseg.coco import Record, make_records, rle_to_xywh, runs_to_rles, sort_records
 from cellseg.evaluation.scores import score_records
 from cellseg.inference.merging import group_by_image, suppress
@@ -25,26 +23,6 @@ CLASS_SHARES = (0.4, 0.4, 0.1, 0.1)
 IOU_THRESHOLD = 0.5
 MERGED_FILES, MERGED_IMAGES, RECORDS_PER_IMAGE = 17, 101, 300
 MEDIAN_TEST_SIZE = (374, 464)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the table: two ways to do the same.
-
-    Attributes:
-        name: of the row.
-        floor: least reference time over our time.
-        make: () -> input of both sides.
-        reference, ours: input -> result; neither changes the input.
-        equal: (reference's result, our result) -> whether they are the same.
-    """
-
-    name: str
-    floor: float
-    make: Callable[[], Any]
-    reference: Callable[[Any], Any]
-    ours: Callable[[Any], Any]
-    equal: Callable[[Any, Any], bool]
 
 
 def ellipses(centres: np.ndarray, radii: np.ndarray, size: tuple[int, int]) -> list[dict]:
@@ -188,22 +166,12 @@ def merging_growth(sides: Sequence[int] = (256, 512, 1024, 2048)) -> list[tuple[
     for side in sides:
         cells = RECORDS_PER_IMAGE * side**2 // (MEDIAN_TEST_SIZE[0] * MEDIAN_TEST_SIZE[1])
         records = make_merging(files=5, images=1, cells=cells, size=(side, side))
-        rows.append((len(records), _seconds(_suppress, records)))
+        rows.append((len(records), median_seconds(partial(_suppress, records), 3)))
     return rows
 
 
 def _suppress(records: Sequence[Record]) -> list[Record]:
     return suppress(records, iou_threshold=IOU_THRESHOLD)
-
-
-def _seconds(function: Callable[[Any], Any], data: Any, repeats: int = 3) -> float:
-    """Return the median time of several runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(data)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 STAGES = (
@@ -218,22 +186,3 @@ STAGES = (
         equal=lambda reference, ours: sort_records(reference) == ours,
     ),
 )
-
-
-def main() -> None:
-    """Print the times of both sides, their ratio and whether they are equal."""
-    for stage in STAGES:
-        data = stage.make()
-        equal = stage.equal(stage.reference(data), stage.ours(data))
-        reference, ours = _seconds(stage.reference, data, 1), _seconds(stage.ours, data)
-        print(
-            f"{stage.name}: {reference:.3f} s, {ours:.3f} s, {reference / ours:.1f} x "
-            f"(floor {stage.floor:g}), equal: {equal}"
-        )
-    rows = merging_growth()
-    slope = np.polyfit(*np.log(np.array(rows)).T, 1)[0]
-    print(f"merging grows with records to the power {slope:.2f}: {rows}")
-
-
-if __name__ == "__main__":
-    main()

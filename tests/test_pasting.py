@@ -139,7 +139,7 @@ def test_memory_limit_changes_no_byte(monkeypatch, paste):
     masks = smooth_masks(len(MANY))
     before = masks.clone(), MANY.clone()
     expected = masks_to_rles(masks, MANY, SIZE, paste=paste)
-    monkeypatch.setattr(pasting, "GROUP_PIXELS", 1)
+    monkeypatch.setattr(pasting, "PIECE_VALUES", 1)
     assert masks_to_rles(masks, MANY, SIZE, paste=paste) == expected
     assert torch.equal(masks, before[0]) and torch.equal(MANY, before[1])
 

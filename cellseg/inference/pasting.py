@@ -1,10 +1,14 @@
-"""RoI-sized mask probabilities -> RLE in the image, through box-sized crops only.
+"""RoI-sized mask probabilities -> RLE in the image; no full frame is made.
 
-No full frame is made: a mask costs the pixels of its box, and what leaves is runs. Masks are
-worked through in groups of similar size, so that memory is bounded whatever their number.
+RLE is runs down the columns, so runs are what is computed. In the aligned paste a column of the
+image is a broken line through the mask's cells, and a run starts and ends where that line crosses
+the threshold: a mask costs its columns times M, whatever their height. For torchvision's paste
+masks are resized to their boxes, at the cost of the boxes' pixels. Masks are worked through in
+pieces, so that memory is bounded whatever their number.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,8 +18,9 @@ from torch.nn import functional as F
 from cellseg.coco import Rle, runs_to_rles
 
 PASTES = ("aligned", "torchvision")
-GROUP_PIXELS = 4_000_000  # pixels of crops worked on at once: 16 MB of float32
-SIZE_STEP = 8  # crops whose sides differ by less share a group
+PIECE_VALUES = 4_000_000  # values worked on at once: 16 MB of float32
+
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def masks_to_rles(
@@ -28,14 +33,16 @@ def masks_to_rles(
 ) -> list[Rle]:
     """Return the RLE of each predicted mask.
 
+    Masks and boxes are fetched from their device once; all work is done on the CPU.
+
     Args:
         masks: float [N, 1, M, M], probabilities 0-1 on the RoI's grid.
         boxes: float [N, 4], xyxy in image pixels, half-open, sub-pixel.
         size: (height, width) of the image.
-        mask_threshold: a pixel belongs to the cell if its probability is greater.
+        mask_threshold: a pixel belongs to the cell if its probability is greater; 0-1.
         paste: "aligned" samples the mask at each pixel's centre, at the box's sub-pixel place
             (Detectron2's `paste_masks_in_image`); "torchvision" resizes it to the box rounded to
-            whole pixels, byte for byte as torchvision's `paste_masks_in_image` does.
+            whole pixels, byte for byte as torchvision's `paste_masks_in_image` does on a CPU.
 
     Returns:
         list of N RLEs; a mask without a pixel over the threshold comes out empty.
@@ -44,80 +51,151 @@ def masks_to_rles(
         raise ValueError(f"paste={paste!r}; there are {', '.join(PASTES)}")
     if len(masks) == 0:
         return []
-    masks, boxes = masks[:, 0].float(), boxes.float()
-    if paste == "torchvision":
-        masks, corners, sides = _torchvision_frames(masks, boxes)
-    else:
-        corners, sides = _aligned_frames(boxes, masks.shape[-1], size)
-    parts = []
-    for chosen in _groups(sides, exact=paste == "torchvision"):
-        if paste == "torchvision":
-            crops = _resized(masks[chosen], sides[chosen][0])
-        else:
-            crops = _sampled(masks[chosen], boxes[chosen], corners[chosen], sides[chosen])
-        inside = (crops > mask_threshold).cpu().numpy()
-        parts.append(_crop_runs(inside, chosen, corners[chosen], size))
+    masks, boxes = masks[:, 0].detach().cpu().float(), boxes.detach().cpu().float()
+    make_runs = _aligned_runs if paste == "aligned" else _torchvision_runs
+    owner, start, end = make_runs(masks, boxes, size, mask_threshold)
+    return runs_to_rles(owner, start, end, len(masks), size)
+
+
+def _pieces(values: np.ndarray) -> Iterator[slice]:
+    """Yield slices of consecutive masks that need about PIECE_VALUES values together."""
+    piece = np.cumsum(values) // PIECE_VALUES
+    bounds = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(values)]
+    for first, last in pairwise(bounds):
+        yield slice(first, last)
+
+
+def _join(parts: list[Runs]) -> Runs:
+    """Return the runs of all pieces, one after the other."""
     owner, start, end = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    order = np.argsort(owner, kind="stable")
-    return runs_to_rles(owner[order], start[order], end[order], len(masks), size)
+    return owner, start, end
 
 
-def _groups(sides: np.ndarray, *, exact: bool) -> Iterator[np.ndarray]:
-    """Yield indices of crops to work on together, of equal or similar (height, width)."""
-    step = 1 if exact else SIZE_STEP
-    keys = -(-sides // step)
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    keys = keys[order]
-    changes = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
-    for group in np.split(order, changes):
-        pixels = int(sides[group].max(axis=0).prod())
-        at_once = max(1, GROUP_PIXELS // max(pixels, 1))
-        for first in range(0, len(group), at_once):
-            yield np.sort(group[first : first + at_once])
+def _place_runs(
+    owner: np.ndarray, column: np.ndarray, top: np.ndarray, bottom: np.ndarray, size: tuple
+) -> Runs:
+    """Return (owner, start, end) in the image's column-major order; what lies outside is cut off.
 
-
-def _aligned_frames(
-    boxes: Tensor, mask_side: int, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return first pixels (y, x) and sides (h, w) of the crops, int64 [N, 2], within the image.
-
-    A crop holds every pixel whose centre lies within half a mask cell of the box: farther out
-    the interpolated probability is 0.
+    Args:
+        owner: int64 [R], the mask that each run belongs to.
+        column: int64 [R], column of the image.
+        top: int64 [R], first row of the run.
+        bottom: int64 [R], one past its last row.
+        size: (height, width) of the image.
     """
-    edges = boxes.cpu().double().numpy()[:, [1, 0, 3, 2]]
-    margin = (edges[:, 2:] - edges[:, :2]) / mask_side / 2
-    limit = np.array(size)
-    first = np.clip(np.ceil(edges[:, :2] - margin - 0.5), 0, limit).astype(np.int64)
-    last = np.clip(np.floor(edges[:, 2:] + margin - 0.5) + 1, 0, limit).astype(np.int64)
+    height, width = size
+    top, bottom = np.maximum(top, 0), np.minimum(bottom, height)
+    seen = (top < bottom) & (column >= 0) & (column < width)
+    first = column[seen] * height
+    return owner[seen], first + top[seen], first + bottom[seen]
+
+
+def _aligned_runs(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Runs:
+    """Return the runs of masks sampled at pixel centres, owners ascending."""
+    # A border of 0 and the columns first: as `grid_sample` pads, and as runs go.
+    columns = F.pad(masks, (1,) * 4).transpose(1, 2).contiguous().numpy()
+    side = masks.shape[-1]
+    edges = boxes.double().numpy()
+    first, count = _columns_of_boxes(edges, side, size[1])
+    parts = []
+    for piece in _pieces(count * (side + 2)):
+        masks_of_piece = np.arange(piece.start, piece.stop)
+        owner = np.repeat(masks_of_piece, count[piece])
+        within = np.arange(len(owner)) - np.repeat(
+            np.cumsum(count[piece]) - count[piece], count[piece]
+        )
+        x = first[owner] + within
+        line, top, bottom = _crossings(_profiles(columns, owner, x, edges), edges[owner], threshold)
+        parts.append(_place_runs(owner[line], x[line], top, bottom, size))
+    return _join(parts)
+
+
+def _columns_of_boxes(edges: np.ndarray, side: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first column and the number of columns that each mask can touch, int64 [N].
+
+    Its pixels have their centre within half a mask cell of the box: farther out the interpolated
+    probability is 0.
+    """
+    margin = (edges[:, 2] - edges[:, 0]) / side / 2
+    first = np.clip(np.ceil(edges[:, 0] - margin - 0.5), 0, width).astype(np.int64)
+    last = np.clip(np.floor(edges[:, 2] + margin - 0.5) + 1, 0, width).astype(np.int64)
     return first, np.maximum(last - first, 0)
 
 
-def _sampled(masks: Tensor, boxes: Tensor, corners: np.ndarray, sides: np.ndarray) -> Tensor:
-    """Return crops [K, h, w] of a group: bilinear samples of the masks at pixel centres.
+def _profiles(
+    columns: np.ndarray, owner: np.ndarray, x: np.ndarray, edges: np.ndarray
+) -> np.ndarray:
+    """Return the masks interpolated at the centres of columns, float32 [C, M + 2].
 
-    Bilinear interpolation of a separable grid is a matrix for the rows and one for the columns;
-    outside the mask it falls to 0 over half a mask cell, as `grid_sample` pads with zeros.
+    Args:
+        columns: float32 [N, M + 2, M + 2], masks with their border, columns first.
+        owner: int64 [C], the mask of each column.
+        x: int64 [C], column of the image.
+        edges: float64 [N, 4], boxes.
     """
-    side = masks.shape[-1]
-    first = torch.from_numpy(corners).to(boxes)
-    height, width = sides.max(axis=0).tolist()
-    own = torch.from_numpy(sides).to(boxes)
-    rows = _hat_weights(boxes[:, 1], boxes[:, 3], first[:, 0], own[:, 0], height, side)
-    columns = _hat_weights(boxes[:, 0], boxes[:, 2], first[:, 1], own[:, 1], width, side)
-    with torch.autocast(masks.device.type, enabled=False):
-        return rows @ masks @ columns.transpose(1, 2)
+    padded = columns.shape[-1]
+    scale = (padded - 2) / np.maximum(edges[:, 2] - edges[:, 0], 1e-6)
+    position = np.clip((x + 0.5 - edges[owner, 0]) * scale[owner] + 0.5, 0, padded - 1)
+    left = np.minimum(position.astype(np.int64), padded - 2)
+    share = (position - left).astype(np.float32)[:, None]
+    lines = columns.reshape(-1, padded)
+    index = owner * padded + left
+    before, profiles = lines[index], lines[index + 1]
+    profiles -= before
+    profiles *= share
+    profiles += before
+    return profiles
 
 
-def _hat_weights(
-    low: Tensor, high: Tensor, first: Tensor, own: Tensor, pixels: int, side: int
-) -> Tensor:
-    """Return the sampling matrix [K, pixels, M] of one axis; 0 past each crop's own length."""
-    steps = torch.arange(pixels, device=low.device, dtype=low.dtype)
-    centre = first[:, None] + steps + 0.5
-    position = (centre - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * side - 0.5
-    cells = torch.arange(side, device=low.device, dtype=low.dtype)
-    weights = (1 - (position[..., None] - cells).abs()).clamp_(min=0)
-    return weights * (steps < own[:, None])[..., None]
+def _crossings(
+    profiles: np.ndarray, edges: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where broken lines down the image are over the threshold.
+
+    Args:
+        profiles: float32 [C, M + 2], probabilities at the mask's cells down a column, 0 at both
+            ends.
+        edges: float64 [C, 4], the box of each column.
+        threshold: a row is over it if the line is greater at the row's centre.
+
+    Returns:
+        line int64 [R], the column; top and bottom int64 [R], first row and one past the last.
+    """
+    threshold = np.float32(threshold)
+    over = profiles > threshold
+    place = np.flatnonzero(over[:, 1:] != over[:, :-1])
+    line, cell = np.divmod(place, profiles.shape[1] - 1)
+    place += line  # of the same cell in `profiles`, whose lines are longer by one
+    before, after = profiles.reshape(-1)[place], profiles.reshape(-1)[place + 1]
+    share = (threshold - before) / (after - before)
+    top, height = edges[line, 1], np.maximum(edges[line, 3] - edges[line, 1], 1e-6)
+    row = top + (cell + share - 0.5) * (height / (profiles.shape[1] - 2)) - 0.5
+    # Lines begin and end at 0, so that crossings alternate: up, down, up, down.
+    first = np.floor(row[::2]).astype(np.int64) + 1
+    last = np.ceil(row[1::2]).astype(np.int64)
+    return line[::2], first, last
+
+
+def _torchvision_runs(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Runs:
+    """Return the runs of masks resized to whole pixels, owners ascending."""
+    masks, corners, sides = _torchvision_frames(masks, boxes)
+    parts = []
+    for piece in _pieces(sides.prod(axis=1)):
+        pixels, order, offsets = _resized(masks[piece], sides[piece], threshold)
+        edges = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+        start, end = edges[::2], edges[1::2]
+        crop = np.searchsorted(offsets, start, side="right") - 1
+        owner = order[crop] + piece.start
+        column, row = np.divmod(start - offsets[crop], sides[owner, 0] + 1)
+        top = corners[owner, 0] + row
+        runs = _place_runs(
+            owner, corners[owner, 1] + column, top - 1, top - 1 + (end - start), size
+        )
+        by_owner = np.argsort(runs[0], kind="stable")
+        parts.append(tuple(values[by_owner] for values in runs))
+    return _join(parts)
 
 
 def _torchvision_frames(masks: Tensor, boxes: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -132,40 +210,33 @@ def _torchvision_frames(masks: Tensor, boxes: Tensor) -> tuple[Tensor, np.ndarra
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     first, last = (centre - half).to(torch.int64), (centre + half).to(torch.int64)
     sides = (last - first + 1).clamp(min=1)
-    return F.pad(masks, (1,) * 4), first.flip(1).cpu().numpy(), sides.flip(1).cpu().numpy()
+    return F.pad(masks, (1,) * 4), first.flip(1).numpy(), sides.flip(1).numpy()
 
 
-def _resized(masks: Tensor, side: np.ndarray) -> Tensor:
-    """Return the masks resized to (h, w), as torchvision resizes each of them."""
-    size = [int(side[0]), int(side[1])]
-    return F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def _crop_runs(
-    inside: np.ndarray, owner: np.ndarray, corners: np.ndarray, size: tuple[int, int]
+def _resized(
+    masks: Tensor, sides: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (owner, start, end) of the runs of crops, in column-major order of the image.
+    """Return which pixels of resized masks are over the threshold, on one line.
 
-    Args:
-        inside: bool [K, h, w]; what lies outside the image is dropped here.
-        owner: int64 [K], the mask that each crop shows.
-        corners: int64 [K, 2], image row and column of each crop's first pixel.
-        size: (height, width) of the image.
+    Masks of one size are resized together, each as torchvision resizes it alone.
+
+    Returns:
+        pixels: bool, column after column of mask after mask, a False before each column and
+            behind the last.
+        order: int64 [K], the masks as they lie in `pixels`.
+        offsets: int64 [K + 1], where each of them starts.
     """
-    count, height, width = inside.shape
-    y = corners[:, :1] + np.arange(height)
-    x = corners[:, 1:] + np.arange(width)
-    visible = ((y >= 0) & (y < size[0]))[:, :, None] & ((x >= 0) & (x < size[1]))[:, None, :]
-    # One False after each column, so that no run crosses from one column to the next here.
-    columns = np.zeros((count, width, height + 1), dtype=np.int8)
-    columns[:, :, :height] = (inside & visible).transpose(0, 2, 1)
-    edges = np.flatnonzero(np.diff(columns.reshape(-1), prepend=0))
-    start, end = edges[::2], edges[1::2]
-    crop, column = np.divmod(start // (height + 1), width)
-    # From a place in the crops to a pixel of the image, run by run.
-    shift = (
-        (corners[crop, 1] + column) * size[0]
-        + corners[crop, 0]
-        - start // (height + 1) * (height + 1)
-    )
-    return owner[crop], start + shift, end + shift
+    order = np.lexsort((sides[:, 1], sides[:, 0]))
+    heights, widths = sides[order].T
+    offsets = np.concatenate([[0], np.cumsum(widths * (heights + 1))])
+    pixels = np.zeros(offsets[-1] + 1, dtype=bool)
+    changes = np.flatnonzero(np.diff(heights) | np.diff(widths)) + 1
+    for first, last in pairwise([0, *changes.tolist(), len(order)]):
+        height, width = int(heights[first]), int(widths[first])
+        crops = F.interpolate(
+            masks[order[first:last], None], (height, width), mode="bilinear", align_corners=False
+        )
+        inside = (crops[:, 0] > threshold).transpose(1, 2).numpy()
+        lines = pixels[offsets[first] : offsets[last]].reshape(-1, width, height + 1)
+        lines[:, :, 1:] = inside
+    return pixels, order, offsets
