@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cellseg.data import channels, reading
-from cellseg.data.decoding import read_pixels
+from cellseg.data.decoding import read_pixels, read_size
 from cellseg.errors import DataError
 
 real_data = pytest.mark.skipif("CELLSEG_DATA" not in os.environ, reason="CELLSEG_DATA is not set")
@@ -78,6 +78,21 @@ def test_overlap_between_classes_opens_a_layer_for_the_overlapping_cell_only(tmp
     assert target["instance_map"].tolist() == [
         [[1, 1, 1, 0, 0, 0], [0] * 6, [0, 0, 0, 0, 3, 3]],
         [[0, 0, 2, 2, 0, 0], [0] * 6, [0] * 6],
+    ]
+
+
+def test_a_cell_takes_the_first_layer_where_it_is_free_as_a_whole(tmp_path):
+    maps = {label: np.zeros((2, 7)) for label in (1, 2, 3)}
+    maps[1][0, 0:3] = 1
+    maps[2][0, 2:4] = 1  # over the first
+    maps[3][0, 3:5] = 1  # over the second, and free of the first
+    maps[3][1, 0:2] = 2
+    maps[3][0, 0], maps[3][1, 6] = 3, 3  # one of its two pieces over the first
+    folder = write_sample(tmp_path / "a", plain_image(2, 7), maps)
+    _, target = reading.read_sample(folder)
+    assert target["instance_map"].tolist() == [
+        [[1, 1, 1, 3, 3, 0, 0], [4, 4, 0, 0, 0, 0, 0]],
+        [[5, 0, 2, 2, 0, 0, 0], [0, 0, 0, 0, 0, 0, 5]],
     ]
 
 
@@ -357,6 +372,14 @@ def test_size_limit_is_an_argument(tmp_path):
     with pytest.raises(DataError, match=r"image\.tif claims 4 x 6 pixels, more than the limit"):
         reading.read_sample(folder, max_pixels=23)
     assert read_pixels(folder / "image.tif", max_pixels=24).shape == (4, 6, 3)
+
+
+def test_size_is_read_from_the_head(tmp_path):
+    folder = write_sample(tmp_path / "a", plain_image(4, 6))
+    assert read_size(folder / "image.tif") == (4, 6)
+    assert read_size(write_png(tmp_path / "image.png", plain_image(7, 2))) == (7, 2)
+    with pytest.raises(DataError, match="4 x 6 pixels, more than the limit"):
+        read_size(folder / "image.tif", max_pixels=23)
 
 
 def test_count_cells_does_not_open_the_image(tmp_path):

@@ -2,6 +2,8 @@
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imagecodecs
@@ -45,6 +47,28 @@ def read_pixels(
             palette, or is larger than `max_pixels`.
     """
     path = Path(path)
+    head = _read_head(path)
+    if head.startswith(_PNG_SIGNATURE):
+        return _read_png(path, head, max_pixels)
+    return _read_tiff(path, invert_white, max_pixels)
+
+
+def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return height and width of a one-page TIFF or PNG file; its pixels are not read.
+
+    Raises:
+        DataError: as `read_pixels`, as far as the header tells.
+    """
+    path = Path(path)
+    head = _read_head(path)
+    if head.startswith(_PNG_SIGNATURE):
+        return _png_size(path, head, max_pixels)
+    with _only_page(path, max_pixels) as page:
+        return page.imagelength, page.imagewidth
+
+
+def _read_head(path: Path) -> bytes:
+    """Return the first bytes of a file: of a PNG, up to its size and kind."""
     try:
         with path.open("rb") as file:
             head = file.read(26)
@@ -52,17 +76,21 @@ def read_pixels(
         raise DataError(f"{path} cannot be opened ({error.strerror}); check the file") from None
     if not head:
         raise DataError(f"{path} is empty (0 bytes); copy it anew from its source")
-    if head.startswith(_PNG_SIGNATURE):
-        return _read_png(path, head, max_pixels)
-    return _read_tiff(path, invert_white, max_pixels)
+    return head
 
 
-def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
-    """Return the pixels of a PNG file whose first 26 bytes are `head`."""
+def _png_size(path: Path, head: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return height and width of a PNG file whose first 26 bytes are `head`."""
     if len(head) < 26:
         raise _damaged(path, "the header is cut off")
     width, height = struct.unpack(">II", head[16:24])
     _check_size(path, height, width, max_pixels)
+    return height, width
+
+
+def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
+    """Return the pixels of a PNG file whose first 26 bytes are `head`."""
+    _png_size(path, head, max_pixels)
     if head[25] == _PNG_PALETTE:
         raise DataError(f"{path} is a palette image; save it as grey or RGB")
     try:
@@ -71,8 +99,9 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
         raise _damaged(path, error) from error
 
 
-def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
-    """Return the pixels of the only page of a TIFF file."""
+@contextmanager
+def _only_page(path: Path, max_pixels: int) -> Iterator[tifffile.TiffPage]:
+    """Open the only page of a TIFF file, checked; what its decoding raises is a DataError."""
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages:
@@ -84,13 +113,19 @@ def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
                 )
             page = tiff.pages[0]
             _check_page(path, page, tiff.filehandle.size, max_pixels)
-            pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
-            invert = invert_white and page.photometric.name == "MINISWHITE"
-            planar = page.axes == "SYX"
+            yield page
     except DataError:
         raise
     except Exception as error:  # whatever a damaged file makes the codec raise
         raise _damaged(path, error) from error
+
+
+def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
+    """Return the pixels of the only page of a TIFF file."""
+    with _only_page(path, max_pixels) as page:
+        pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
+        invert = invert_white and page.photometric.name == "MINISWHITE"
+        planar = page.axes == "SYX"
     if invert and pixels.dtype.kind == "u":
         pixels = ~pixels
     return np.moveaxis(pixels, 0, -1) if planar else pixels

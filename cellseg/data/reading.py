@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from cellseg.data.decoding import MAX_PIXELS, SUFFIXES, read_pixels
-from cellseg.data.runs import Runs, find_runs, measure_runs
+from cellseg.data.runs import (
+    EMPTY,
+    Runs,
+    add_to_layers,
+    draw_runs,
+    find_runs,
+    measure_runs,
+    stack_runs,
+)
 from cellseg.errors import DataError
 
 CLASS_NAMES = ("epithelial", "lymphocyte", "neutrophil", "macrophage")
@@ -123,17 +131,27 @@ def read_image(
         pixels = pixels[..., None]
     if pixels.shape[2] not in (1, 2, 3, 4):
         raise DataError(f"{path} has {pixels.shape[2]} channels; save it as grey, RGB or RGBA")
-    pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path)
+    if pixels.dtype != np.uint8:
+        pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path)
     planes = np.empty((3, *pixels.shape[:2]), np.uint8)
-    for channel, plane in enumerate(planes[::-1] if swapped else planes):
-        plane[:] = pixels[..., channel % pixels.shape[2]]
+    _part_channels(pixels, planes[::-1] if swapped else planes)
     return planes.transpose(1, 2, 0)
 
 
+def _part_channels(pixels: np.ndarray, planes: np.ndarray) -> None:
+    """Write the colours of pixels [H, W, 1-4] into planes [3, H, W], grey into all three."""
+    if pixels.shape[2] == 4 and pixels.flags.c_contiguous:
+        words = pixels.view("<u4")[..., 0]  # shifting whole pixels is faster than picking bytes
+        for channel, plane in enumerate(planes):
+            np.copyto(plane, words >> np.uint32(8 * channel), casting="unsafe")
+        return
+    grey = pixels.shape[2] < 3
+    for channel, plane in enumerate(planes):
+        plane[:] = pixels[..., 0 if grey else channel]
+
+
 def _to_uint8(pixels: np.ndarray, path: str | Path) -> np.ndarray:
-    """Return pixels of 8 or 16 bit, or floats in 0-1, as uint8 (rule: see `read_image`)."""
-    if pixels.dtype == np.uint8:
-        return pixels
+    """Return pixels of 16 bit, or floats in 0-1, as uint8 (rule: see `read_image`)."""
     if pixels.dtype == np.uint16:
         highest = int(pixels.max())
         scale = next(full for full in (255, 4095, 65535) if highest <= full)
@@ -159,9 +177,7 @@ def read_instance_ids(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
             negative, fractional, not a number or above 2**31 - 1.
     """
     runs, shape = _read_runs(path, max_pixels)
-    ids = np.zeros(shape, np.int32)
-    ids.ravel()[runs.positions()] = np.repeat(runs.values, runs.lengths)
-    return ids
+    return draw_runs(runs, shape[0] * shape[1]).reshape(shape)
 
 
 def count_cells(files: SampleFiles, num_labels: int) -> list[int]:
@@ -216,7 +232,7 @@ def read_instances(
         DataError: as `read_instance_ids`, and if a map is not of the image's size.
     """
     parts = []
-    layers = [np.zeros(shape, np.int32)]
+    layers: list[Runs] = []
     count = 0
     for label, path in files.maps.items():
         runs, map_shape = _read_runs(path, max_pixels)
@@ -226,35 +242,20 @@ def read_instances(
                 f"{shape[0]} x {shape[1]} (height x width); both must be of the same size"
             )
         ids, index = np.unique(runs.values, return_inverse=True)
-        _draw(layers, runs, index + count + 1)
         boxes, areas = measure_runs(runs, index, len(ids), shape)
         parts.append((boxes, np.full(len(ids), label, np.int64), ids, areas))
+        add_to_layers(layers, replace(runs, values=index + count + 1))
         count += len(ids)
     empty = (np.zeros((0, 4), np.float32), *(np.zeros(0, np.int64) for _ in range(3)))
     boxes, labels, ids, areas = (np.concatenate(p) for p in zip(empty, *parts, strict=True))
-    return Instances(boxes, labels, ids, areas, np.stack(layers) if layers[1:] else layers[0][None])
+    return Instances(boxes, labels, ids, areas, _draw_layers(layers, shape))
 
 
-def _draw(layers: list[np.ndarray], runs: Runs, marks: np.ndarray) -> None:
-    """Write each run's mark into the first layer where the whole cell is free, adding layers.
-
-    Cells of one map never overlap each other, so that the number of layers is at most the number
-    of classes.
-    """
-    positions, pixels = runs.positions(), np.repeat(marks.astype(np.int32), runs.lengths)
-    depth = 0
-    while len(positions):
-        if depth == len(layers):
-            layers.append(np.zeros_like(layers[0]))
-        flat = layers[depth].ravel()
-        taken = flat[positions] != 0
-        if not taken.any():
-            flat[positions] = pixels
-            return
-        waits = np.isin(pixels, np.unique(pixels[taken]))
-        flat[positions[~waits]] = pixels[~waits]
-        positions, pixels = positions[waits], pixels[waits]
-        depth += 1
+def _draw_layers(layers: list[Runs], shape: tuple[int, int]) -> np.ndarray:
+    """Return the map int32 [L, H, W] of layers of runs, one empty layer if there are none."""
+    pixels, depth = shape[0] * shape[1], max(1, len(layers))
+    runs = stack_runs(layers or [EMPTY], pixels)
+    return draw_runs(runs, depth * pixels).reshape(depth, *shape)
 
 
 def read_sample(
