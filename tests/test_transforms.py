@@ -1,12 +1,21 @@
 """Augmentation keeps image, map, boxes and labels together."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cellseg.data.transforms import TrainTransform, flip_and_turn, jitter_color, update_target
+from cellseg.data import transforms
+from cellseg.data.transforms import (
+    TrainTransform,
+    color_matrix,
+    flip_and_turn,
+    jitter_color,
+    mix_channels,
+    update_target,
+)
 from cellseg.errors import SettingsError
 
 NO_CHANGE = {"scale_range": (1, 1), "flip": False, "color": 0}
@@ -200,6 +209,32 @@ def test_color_jitter_stays_within_its_bounds_and_type():
     assert len(seen) > 5
     assert 75 <= min(seen) <= max(seen) <= 125
     assert jitter_color(image, 0.2, _generator()).dtype == torch.uint8
+
+
+def test_color_matrix_keeps_greys_and_turns_the_rest():
+    np.testing.assert_allclose(color_matrix(1, 0), np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(color_matrix(1, 1 / 3) @ [9, 0, 0], [0, 9, 0], atol=1e-12)  # green
+    np.testing.assert_allclose(color_matrix(0, 0.1) @ [30, 60, 90], [60, 60, 60])  # no saturation
+    np.testing.assert_allclose(color_matrix(2, 0) @ [50, 60, 70], [40, 60, 80])  # twice as far
+    np.testing.assert_allclose(color_matrix(1.3, 0.07) @ [8, 8, 8], [8, 8, 8])
+
+
+def test_channels_are_mixed_rounded_and_clipped_once():
+    image = torch.tensor([[[10, 200]], [[20, 100]], [[30, 0]]], dtype=torch.uint8)
+    before = image.clone()
+    matrix = np.array([[1, 0.5, 0], [0, 0.11, 0], [-2, 0, 1]])
+    # 10 + 10 + 0.4, 2.2 + 0.4, 30 - 20 + 0.4 and 200 + 50 + 0.4, 11 + 0.4, -400 + 0.4
+    mixed = mix_channels(image, matrix, 0.4)
+    assert mixed.tolist() == [[[20, 250]], [[3, 11]], [[10, 0]]]
+    assert mix_channels(image, 2 * np.eye(3), 0).tolist() == [[[20, 255]], [[40, 200]], [[60, 0]]]
+    assert torch.equal(image, before)
+
+
+def test_contrast_is_the_distance_from_the_mean_grey(monkeypatch):
+    image = torch.tensor([[[40, 160]], [[40, 160]], [[40, 160]]], dtype=torch.uint8)
+    draws = iter([0.5, 1.0, 0.5, 0.5])  # contrast 1 + color, all else unchanged
+    monkeypatch.setattr(transforms, "_uniform", lambda generator: next(draws))
+    assert jitter_color(image, 0.5, None)[0].tolist() == [[10, 190]]  # 100 -+ 60 * 1.5
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Augmentation of an image and its instance map together, at the cost of their pixels."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,13 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from cellseg.data.runs import find_runs, measure_runs
+from cellseg.data.runs import draw_runs, find_runs, measure_runs
 from cellseg.errors import SettingsError
 
 Target = dict[str, Any]
 
 HUE_SHARE = 0.2
-"""Hue is shifted by at most this share of `color`, in turns of the colour circle."""
+"""Hue is turned by at most this share of `color`, in turns of the colour circle."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TrainTransform:
                 logarithm; (1, 1) for none.
             flip: whether to draw one of the eight flips and quarter turns of the square.
             color: brightness, contrast and saturation are multiplied by a factor from 1 - color
-                to 1 + color, the hue is shifted by up to `HUE_SHARE` of it; 0 for none.
+                to 1 + color, the hue is turned by up to `HUE_SHARE` of it; 0 for none.
             min_visible: drop a cell of which less than this share of its area is in the crop.
 
         Raises:
@@ -153,14 +154,16 @@ def update_target(
     runs = find_runs(pixels)
     boxes, areas = measure_runs(runs, runs.values - 1, count, pixels.shape[1:])
     keep = (areas > 0) & (areas >= min_visible * full_areas.numpy())
-    numbers = np.zeros(count + 1, np.int32)
-    numbers[1:][keep] = np.arange(1, keep.sum() + 1)
-    renumbered = numbers[pixels]
-    filled = np.unique(runs.starts[keep[runs.values - 1]] // pixels[0].size)
+    seen = runs.select(keep[runs.values - 1])
+    numbered = replace(seen, values=np.cumsum(keep)[seen.values - 1])
+    renumbered = draw_runs(numbered, pixels.size).reshape(pixels.shape)
+    filled = np.unique(seen.starts // pixels[0].size)
+    if len(filled) < len(pixels):
+        renumbered = renumbered[filled if len(filled) else [0]]
     return {
         "boxes": torch.from_numpy(boxes[keep]),
         "labels": labels[torch.from_numpy(keep)],
-        "instance_map": torch.from_numpy(renumbered[filled if len(filled) else [0]]),
+        "instance_map": torch.from_numpy(renumbered),
     }
 
 
@@ -184,14 +187,46 @@ def flip_and_turn(pixels: torch.Tensor, turn: int) -> torch.Tensor:
 def jitter_color(image: torch.Tensor, color: float, generator: torch.Generator) -> torch.Tensor:
     """Return a uint8 image [3, H, W] with brightness, contrast, saturation and hue changed.
 
-    The first three are multiplied by a factor from 1 - color to 1 + color, the hue is shifted by
-    up to `HUE_SHARE * color` turns either way.
+    The first three are multiplied by a factor from 1 - color to 1 + color, the hue is turned by
+    up to `HUE_SHARE * color` turns either way: of each pixel's colour the part that all channels
+    share is grey, the rest is scaled and turned about the axis of greys; contrast is the distance
+    from the mean grey of the image. All of it is one linear map, clipped once.
     """
     shifts = [color * (2 * _uniform(generator) - 1) for _ in range(4)]
-    image = F.adjust_brightness(image, 1 + shifts[0])
-    image = F.adjust_contrast(image, 1 + shifts[1])
-    image = F.adjust_saturation(image, 1 + shifts[2])
-    return F.adjust_hue(image, HUE_SHARE * shifts[3])
+    brightness, contrast, saturation = (1 + shift for shift in shifts[:3])
+    matrix = brightness * contrast * color_matrix(saturation, HUE_SHARE * shifts[3])
+    mean_grey = int(image.sum()) / image.numel()
+    return mix_channels(image, matrix, brightness * (1 - contrast) * mean_grey)
+
+
+def color_matrix(saturation: float, hue: float) -> np.ndarray:
+    """Return the matrix [3, 3] on RGB that keeps greys and scales and turns what differs from them.
+
+    Args:
+        saturation: factor of the distance from grey.
+        hue: turns of the colour circle, from red towards green; 1/3 makes red green.
+    """
+    along = saturation * math.cos(2 * math.pi * hue)
+    across = saturation * math.sin(2 * math.pi * hue) / math.sqrt(3)
+    grey = (1 - along) / 3
+    same, before, after = grey + along, grey + across, grey - across
+    return np.array([[same, after, before], [before, same, after], [after, before, same]])
+
+
+def mix_channels(image: torch.Tensor, matrix: np.ndarray, offset: float) -> torch.Tensor:
+    """Return a uint8 image [3, H, W] of matrix @ channels + offset, rounded, clipped to 0-255.
+
+    Each product and each sum is an operation of its own in float32, so that the result does not
+    depend on the number of threads or on what a processor can fuse.
+    """
+    channels = [channel.astype(np.float32) for channel in image.numpy()]
+    mixed = np.empty_like(image.numpy())
+    for factors, out in zip(matrix.tolist(), mixed, strict=True):
+        total = np.full_like(channels[0], offset + 0.5)
+        for channel, factor in zip(channels, factors, strict=True):
+            total += channel * factor
+        np.copyto(out, np.clip(total, 0, 255, out=total), casting="unsafe")
+    return torch.from_numpy(mixed)
 
 
 def _uniform(generator: torch.Generator) -> float:
