@@ -1,6 +1,7 @@
 """From a release on disk to batches of `(image, target)`: find, read, check, split, augment."""
 
 from cellseg.data.audit import Audit, ImageRow, Oddity, audit
+from cellseg.data.cache import SampleCache
 from cellseg.data.channels import ChannelOrder, detect_channel_order
 from cellseg.data.dataset import CellDataset, SampleImages, TestDataset
 from cellseg.data.loaders import EpochSampler, log_balanced_weights, make_loaders
@@ -35,6 +36,7 @@ __all__ = [
     "ImageRow",
     "Oddity",
     "Release",
+    "SampleCache",
     "SampleImages",
     "TestDataset",
     "TestImage",

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cellseg.data.cache import SampleCache, entry_bytes
 from cellseg.data.channels import OUTCOMES, ChannelOrder, detect_channel_order
+from cellseg.data.decoding import read_size
 from cellseg.data.reading import (
     CLASS_NAMES,
     Instances,
@@ -44,6 +46,7 @@ class CellDataset(Dataset):
         channel_order: "true", "swapped" or "undecided"; images of a swapped folder are mended
             as they are read.
         channel_differences: what "auto" measured, one number an image (see `ChannelOrder`).
+        cache: where samples lie decoded, or None; what is read is the same with it and without.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class CellDataset(Dataset):
         transform: Transform | None = None,
         channel_order: str = "auto",
         seed: int = 0,
+        cache_dir: str | Path | None = None,
     ) -> None:
         """List the folders; nothing is decoded, save a few images for the channel order.
 
@@ -66,6 +70,8 @@ class CellDataset(Dataset):
                 (seed, epoch, image_id, draw), so that a draw does not depend on who makes it.
             channel_order: "auto" to decide from several images, or the outcome to go by.
             seed: of the transform's draws, 0 or more.
+            cache_dir: folder in which each sample is kept decoded once it was read (see
+                `SampleCache`, and `cache_bytes` for the room it takes); None to decode each time.
 
         Raises:
             DataError: if the folder is missing or empty, or a sample lacks its image or holds an
@@ -76,6 +82,7 @@ class CellDataset(Dataset):
         self.class_names = tuple(class_names)
         self.transform = transform
         self.seed = seed
+        self.cache = None if cache_dir is None else SampleCache(cache_dir)
         every_id = list_sample_ids(self.train_dir)
         self._all_image_ids = {name: number for number, name in enumerate(every_id, 1)}
         self._counts: dict[str, list[int]] = {}
@@ -148,8 +155,19 @@ class CellDataset(Dataset):
     def read_instances(self, index: int) -> tuple[torch.Tensor, Instances]:
         """Return the image, channels mended, and its cells with their ids and areas."""
         files = self.files(index)
-        image = _read_tensor(files.image, self.channel_order)
-        return image, read_instances(files, tuple(image.shape[1:]))
+        if self.cache is None:
+            image = _read_tensor(files.image, self.channel_order)
+            return image, read_instances(files, tuple(image.shape[1:]))
+        planes, cells = self.cache.read(files)
+        image = torch.from_numpy(planes)
+        return image.flip(0) if self.channel_order == "swapped" else image, cells
+
+    def cache_bytes(self) -> int:
+        """Return about how many bytes the cache of these samples takes, existing entries included.
+
+        Reads the size of each image only; where cells of different classes overlap it is more.
+        """
+        return sum(entry_bytes(*read_size(files.image)) for files in self._files)
 
     def subset(
         self, sample_ids: Sequence[str], *, transform: Transform | None = None
@@ -166,10 +184,15 @@ class CellDataset(Dataset):
         return part
 
     def class_counts(self, index: int) -> list[int]:
-        """Return the number of cells of each class 1..C; reads the maps only, and only once."""
-        sample_id = self.sample_ids[index]
+        """Return the number of cells of each class 1..C; without a cache only the maps are read."""
+        sample_id, num_labels = self.sample_ids[index], len(self.class_names)
         if sample_id not in self._counts:
-            self._counts[sample_id] = count_cells(self.files(index), len(self.class_names))
+            if self.cache is None:
+                counts = count_cells(self.files(index), num_labels)
+            else:
+                labels = self.cache.read(self.files(index))[1].labels
+                counts = np.bincount(labels, minlength=num_labels + 1)[1:].tolist()
+            self._counts[sample_id] = counts
         return list(self._counts[sample_id])
 
     def fingerprint(self) -> str:
