@@ -67,10 +67,10 @@ def match_anchors(
     if len(boxes) == 0:
         return matches
     box_index, anchor_index = _touching_pairs(boxes, grids)
-    iou = _pair_iou(boxes[box_index], anchors[anchor_index])
+    iou = _pair_iou(boxes, anchors, box_index, anchor_index)
     best_iou = iou.new_zeros(len(anchors)).scatter_reduce_(0, anchor_index, iou, "amax")
     # Anchors that touch nothing have IoU 0 with every box: the first is "best", as with argmax.
-    is_best = iou == best_iou[anchor_index]
+    is_best = iou == best_iou.index_select(0, anchor_index)
     best_box = torch.full_like(matches, len(boxes))
     best_box.scatter_reduce_(0, anchor_index[is_best], box_index[is_best], "amin")
     best_box[best_iou == 0] = 0
@@ -78,7 +78,7 @@ def match_anchors(
     matches[best_iou >= background_iou] = BETWEEN
     positive = best_iou >= foreground_iou
     box_best = iou.new_zeros(len(boxes)).scatter_reduce_(0, box_index, iou, "amax")
-    positive[anchor_index[iou == box_best[box_index]]] = True
+    positive[anchor_index[iou == box_best.index_select(0, box_index)]] = True
     # By the same rule a box that touches no anchor is matched by all of them, at IoU 0.
     positive |= (box_best == 0).any()
     return torch.where(positive, best_box, matches)
@@ -92,17 +92,18 @@ def _touching_pairs(boxes: Tensor, grids: Sequence[AnchorGrid]) -> tuple[Tensor,
         # Grid lines j with x1 < right + j * stride and left + j * stride < x2 (and alike in y).
         top, bottom = _line_range(boxes[:, 1::2], shapes[:, 1::2], grid.stride_y, grid.rows)
         left, right = _line_range(boxes[:, ::2], shapes[:, ::2], grid.stride_x, grid.columns)
-        height, width = bottom - top, right - left
-        counts = (height * width).reshape(-1)
-        pair = torch.repeat_interleave(counts)
-        within = torch.arange(len(pair), device=boxes.device)
-        within -= (counts.cumsum(0) - counts)[pair]
-        width = width.reshape(-1)[pair]
-        row = top.reshape(-1)[pair] + within // width
-        column = left.reshape(-1)[pair] + within % width
-        shape = pair % len(shapes)
-        box_parts.append(pair // len(shapes))
-        anchor_parts.append(first + (row * grid.columns + column) * len(shapes) + shape)
+        # Each (box, shape) has a rectangle of the grid; its points are numbered row by row.
+        width = (right - left).reshape(-1)
+        counts = (bottom - top).reshape(-1) * width
+        shape = torch.arange(len(shapes), device=boxes.device)
+        corner = first + (top * grid.columns + left) * len(shapes) + shape
+        rectangle = torch.repeat_interleave(counts)
+        point = torch.arange(len(rectangle), device=boxes.device)
+        point -= (counts.cumsum(0) - counts).index_select(0, rectangle)
+        width = width.index_select(0, rectangle)
+        point += point // width * (grid.columns - width)
+        anchor_parts.append(corner.reshape(-1).index_select(0, rectangle) + point * len(shapes))
+        box_parts.append(rectangle // len(shapes))
         first += len(grid)
     return torch.cat(box_parts), torch.cat(anchor_parts)
 
@@ -117,15 +118,21 @@ def _line_range(
     return first, torch.maximum((last + 1).clamp(0, lines), first)
 
 
-def _pair_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return the IoU of paired boxes [K], by the operations of `torchvision.ops.box_iou`."""
-    overlap = torch.minimum(boxes[:, 2:], anchors[:, 2:]) - torch.maximum(
-        boxes[:, :2], anchors[:, :2]
-    )
-    overlap = overlap.clamp_(min=0)
-    intersection = overlap[:, 0] * overlap[:, 1]
-    union = _areas(boxes) + _areas(anchors) - intersection
-    return intersection / union
+def _pair_iou(boxes: Tensor, anchors: Tensor, box_index: Tensor, anchor_index: Tensor) -> Tensor:
+    """Return the IoU of pairs [K] of boxes, by the operations of `torchvision.ops.box_iou`."""
+    # Gathered edge by edge: from a line of numbers that is several times faster than by rows.
+    box_edges, anchor_edges = boxes.T.contiguous(), anchors.T.contiguous()
+    overlaps = []
+    for low, high in ((0, 2), (1, 3)):
+        start = box_edges[low].index_select(0, box_index)
+        start = torch.maximum(start, anchor_edges[low].index_select(0, anchor_index))
+        end = box_edges[high].index_select(0, box_index)
+        end = torch.minimum(end, anchor_edges[high].index_select(0, anchor_index))
+        overlaps.append(end.sub_(start).clamp_(min=0))
+    intersection = overlaps[0].mul_(overlaps[1])
+    areas = _areas(boxes).index_select(0, box_index)
+    areas += _areas(anchors).index_select(0, anchor_index)
+    return intersection / areas.sub_(intersection)
 
 
 def _areas(boxes: Tensor) -> Tensor:
