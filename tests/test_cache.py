@@ -1,6 +1,7 @@
 """Samples from the cache are those from the files, whatever happens to either."""
 
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -117,6 +118,15 @@ def test_training_from_the_cache_is_bit_identical(train_dir, tmp_path, workers):
             assert torch.equal(target[key], cached_target[key])
             assert target[key].dtype == cached_target[key].dtype
     assert len(list((tmp_path / "cache").glob("*.cells"))) == 5
+
+
+def test_a_worker_gets_what_was_checked_already(train_dir, tmp_path, monkeypatch):
+    dataset = CellDataset(train_dir, cache_dir=tmp_path / "cache")
+    for _ in range(2):
+        dataset.read(0)
+    worker = pickle.loads(pickle.dumps(dataset))  # as workers are started on macOS and Windows
+    monkeypatch.setattr(cache, "_same_files", lambda *_: pytest.fail("checked again"))
+    assert torch.equal(worker.read(0)[0], dataset.read(0)[0])
 
 
 def test_writing_to_a_sample_changes_nothing_for_others(train_dir, tmp_path, decoded):
