@@ -157,9 +157,8 @@ def end_to_end(*, quick: bool = False) -> list[Section]:
         for side in SIDES:
             epoch_seconds(side, train_dir, BATCH, WIDTH)  # a first step is slower
         seconds = [epoch_seconds(side, train_dir, images, WIDTH) for side in SIDES]
-        calls = [(side, train_dir, WIDTH) for side in SIDES]
-        whole_mb = run_alone(epoch_peak_mb, *calls)
-        stubbed_mb = run_alone(stubbed_peak_mb, *calls)
+        whole_mb = [run_alone(epoch_peak_mb, side, train_dir, WIDTH) for side in SIDES]
+        stubbed_mb = [run_alone(stubbed_peak_mb, side, train_dir, WIDTH) for side in SIDES]
     misses = []
     if seconds[1] > MOST_TIME * seconds[0]:
         misses.append(f"{seconds[1] / seconds[0]:.3f} of the usual time, {MOST_TIME} allowed")

@@ -106,25 +106,20 @@ def growth(*, quick: bool = False) -> list[Section]:
     cells = [round(DENSITY * side**2) for side in sides]
     by_pixels = {
         "training step": [
-            _alone(training_cost, side, n, False, runs)
+            run_alone(training_cost, side, n, False, runs)
             for side, n in zip(sides, cells, strict=True)
         ],
         "prediction": [
-            _alone(prediction_cost, side, n, runs) for side, n in zip(sides, cells, strict=True)
+            run_alone(prediction_cost, side, n, runs) for side, n in zip(sides, cells, strict=True)
         ],
-        "scoring": [_alone(scoring_cost, side, 3 * runs) for side in sides],
+        "scoring": [run_alone(scoring_cost, side, 3 * runs) for side in sides],
     }
     by_cells = {
-        "training step": [_alone(training_cost, FIXED_SIDE, n, True, runs) for n in CELLS],
-        "prediction": [_alone(prediction_cost, FIXED_SIDE, n, runs) for n in CELLS],
+        "training step": [run_alone(training_cost, FIXED_SIDE, n, True, runs) for n in CELLS],
+        "prediction": [run_alone(prediction_cost, FIXED_SIDE, n, runs) for n in CELLS],
     }
     _draw(sides, by_pixels, by_cells)
     return [_pixel_section(sides, by_pixels), _cell_section(by_cells)]
-
-
-def _alone(function: Any, *arguments: Any) -> Cost:
-    """Return a cost measured in a process of its own, with nothing beside it."""
-    return run_alone(function, arguments)[0]
 
 
 def _pass_over(model: nn.Module, image: Tensor, target: dict[str, Any]) -> None:

@@ -18,17 +18,19 @@ from cellseg.training.fit import peak_memory_mb
 IS_LINUX = sys.platform.startswith("linux")
 
 
-def run_alone(function: Callable[..., Any], *calls: tuple) -> list[Any]:
-    """Return what a module's function returns for each call, each in a new process, all at once."""
-    with ProcessPoolExecutor(
-        len(calls), mp_context=get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        jobs = [pool.submit(function, *arguments) for arguments in calls]
-        return [job.result() for job in jobs]
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a module's function returns when it runs in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def added_peak_mb(work: Callable[[], Any]) -> float:
-    """Return by how much the peak of resident memory during `work` is above its start, in MB.
+    """Return by how much memory rises while `work` runs, in MB; see `with_peak`."""
+    return with_peak(work)[1]
+
+
+def with_peak(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what `work` returns, and the peak of resident memory above its start, in MB.
 
     Memory that was freed before is handed back first, so that it is not used again unseen. Where
     the system cannot forget an earlier peak (elsewhere than on Linux), what lies below that peak
@@ -38,8 +40,7 @@ def added_peak_mb(work: Callable[[], Any]) -> float:
     before = _start_anew() if IS_LINUX else _peak_mb()
     result = work()
     after = _status_mb("VmHWM") if IS_LINUX else _peak_mb()
-    del result
-    return after - before
+    return result, after - before
 
 
 def _start_anew() -> float:

@@ -48,31 +48,29 @@ INTRODUCTION = """\
 Made by `make bench`; the code of both sides is in this folder. The reference is the libraries' own
 functions called as their documentation does, and the usual way of reading. Times are medians of
 several runs, both sides by turns in one process on the same input: ratios count, absolute times
-depend on the machine. Memory is how far the peak of resident memory of a process of its own rises
-above what it was with the input at hand.
+depend on the machine. Memory is how far the peak of resident memory rises above what it was with
+the input at hand, each side in a new process.
 """
 
 
-def measure_row(stage: Stage, *, quick: bool = False) -> Result:
+def measure_row(name: str, *, quick: bool = False) -> Result:
     """Return a row of results.json: times, memory, equality, and what is missed."""
-    times = measure_times(stage, quick=quick)
-    sides = ["ours"] if stage.reference_mb is not None else ["ours", "reference"]
-    peaks = run_alone(side_peak_mb, *((stage.name, side) for side in sides))
-    memory = dict(zip(sides, peaks, strict=True))
-    result = times | {
-        "reference_mb": memory.get("reference", stage.reference_mb),
-        "ours_mb": memory["ours"],
-        "floor": stage.floor,
-        "measured": today(),
-    }
-    return result | {"misses": find_misses(stage, result)}
+    stage = STAGES[name]
+    times = run_alone(time_row, name, quick)
+    result = times | {"ours_mb": run_alone(our_peak_mb, name), "floor": stage.floor}
+    return result | {"measured": today(), "misses": find_misses(stage, result)}
 
 
-def side_peak_mb(name: str, side: str) -> float:
-    """Return the memory that one side of a row adds; to be called in a new process."""
+def time_row(name: str, quick: bool) -> Result:
+    """Return times of both sides of a row and the reference's memory; for a new process."""
+    return measure_times(STAGES[name], quick=quick)
+
+
+def our_peak_mb(name: str) -> float:
+    """Return the memory that our side of a row adds; for a new process."""
     stage = STAGES[name]
     data = stage.make()
-    return added_peak_mb(lambda: getattr(stage, side)(data))
+    return added_peak_mb(lambda: stage.ours(data))
 
 
 def measure_step(name: str, *, quick: bool = False) -> list[dict[str, Any]]:
@@ -102,7 +100,7 @@ def write_results(
     write_atomically(folder / "steps.json", dumps(steps, indent=1) + "\n")
     parts = [INTRODUCTION, f"Machine: {machine()}.\n", "## Stages\n", row_table(rows)]
     notes = [f"- `{name}`: {STAGES[name].note}." for name in rows if STAGES[name].note]
-    parts += ["", *notes, "", *missed_lines(rows)]
+    parts += [""] + ([*notes, ""] if notes else []) + missed_lines(rows)
     for sections in steps.values():
         for section in sections:
             table = markdown_table(section["header"], section["rows"])
@@ -180,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         print(f"{name} ...", flush=True)
         if name in STAGES:
-            rows[name] = measure_row(STAGES[name], quick=options.quick)
+            rows[name] = measure_row(name, quick=options.quick)
             print("  " + " | ".join(row_cells(name, rows[name])[1:-1]))
             misses = rows[name]["misses"]
         else:

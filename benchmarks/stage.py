@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from benchmarks.memory import with_peak
 
 OURS_PER_REFERENCE = 5  # runs of ours for each run of the reference
 Result = dict[str, Any]
@@ -42,29 +45,33 @@ class Stage:
 
 
 def measure_times(stage: Stage, *, quick: bool = False) -> Result:
-    """Return median seconds of both sides, their ratio, and whether the results are equal.
+    """Return median seconds of both sides, their ratio, equality, and the reference's memory.
 
-    The sides run by turns in this process on the same input.
+    The sides run by turns in this process on the same input. The memory is that of the
+    reference's first run; for it to be true this process must be new.
 
     Args:
         stage: the row.
         quick: run the reference once.
     """
     data = stage.make()
-    reference_seconds, our_seconds = [], []
-    equal = None
-    for _ in range(1 if quick else stage.runs):
-        result = timed(lambda: stage.reference(data), reference_seconds)
+    reference, ours = partial(stage.reference, data), partial(stage.ours, data)
+    reference_seconds: list[float] = []
+    our_seconds: list[float] = []
+    result, peak = with_peak(partial(timed, reference, reference_seconds))
+    equal = bool(stage.equal(result, timed(ours, our_seconds)))
+    del result
+    for turn in range(1 if quick else stage.runs):
+        if turn > 0:
+            timed(reference, reference_seconds)
         for _ in range(OURS_PER_REFERENCE):
-            our_result = timed(lambda: stage.ours(data), our_seconds)
-        if equal is None:
-            equal = bool(stage.equal(result, our_result))
-        del result, our_result
+            timed(ours, our_seconds)
     reference_s, ours_s = float(np.median(reference_seconds)), float(np.median(our_seconds))
     return {
         "reference_s": reference_s,
         "ours_s": ours_s,
         "ratio": reference_s / ours_s,
+        "reference_mb": peak if stage.reference_mb is None else stage.reference_mb,
         "equal": equal,
     }
 
