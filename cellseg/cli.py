@@ -102,6 +102,7 @@ def train(
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
+    cache: Annotated[bool, typer.Option(help="Decode each sample once, beside the runs.")] = True,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -113,7 +114,12 @@ def train(
 
     if epochs is None and minutes is None:
         raise SettingsError("give --epochs or --minutes, so that the run has an end")
-    dataset = CellDataset(train_dir, class_names=_split(class_names), seed=seed)
+    dataset = CellDataset(
+        train_dir,
+        class_names=_split(class_names),
+        seed=seed,
+        cache_dir=runs_dir / "cache" if cache else None,
+    )
     counts = {sid: dataset.class_counts(i) for i, sid in enumerate(dataset.sample_ids)}
     chosen = _read_ids(val_ids)
     train_ids, held_ids = split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=chosen)
