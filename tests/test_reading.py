@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cellseg.data import channels, reading
+from cellseg.data import channels, decoding, reading
 from cellseg.data.decoding import read_pixels, read_size
 from cellseg.errors import DataError
 
@@ -132,6 +132,44 @@ def test_ids_of_any_type_are_read_alike(tmp_path, dtype):
     read = reading.read_instance_ids(tmp_path / "class1.tif")
     assert read.dtype == np.int32
     assert read.tolist() == [[0, 7, 7], [200, 0, 0]]
+
+
+@pytest.mark.parametrize("libtiff", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "options"),
+    [
+        ("u1", (5, 7, 4), {"photometric": "rgb", "predictor": True}),
+        ("u1", (5, 7, 3), {"photometric": "rgb", "rowsperstrip": 2}),
+        ("u1", (3, 5, 7), {"photometric": "rgb", "planarconfig": "separate", "predictor": True}),
+        ("u1", (40, 50, 3), {"photometric": "rgb", "predictor": True, "tile": (16, 32)}),
+        ("u2", (5, 7), {"byteorder": ">", "predictor": True}),
+        ("f4", (5, 7), {"byteorder": ">", "predictor": True}),
+        ("f8", (5, 7), {}),
+        ("i4", (5, 7), {"predictor": True}),
+    ],
+)
+def test_lzw_of_every_kind_is_decoded(tmp_path, monkeypatch, libtiff, dtype, shape, options):
+    monkeypatch.setattr(decoding, "_LIBTIFF", libtiff and decoding._LIBTIFF)
+    pixels = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, compression="lzw", metadata=None, **options)
+    expected = np.moveaxis(pixels, 0, -1) if "planarconfig" in options else pixels
+    read = read_pixels(tmp_path / "x.tif")
+    assert read.dtype.kind == pixels.dtype.kind
+    np.testing.assert_array_equal(read, expected)
+
+
+@pytest.mark.parametrize("libtiff", [True, False])
+def test_lzw_codes_that_cannot_be_are_noticed(tmp_path, monkeypatch, libtiff):
+    monkeypatch.setattr(decoding, "_LIBTIFF", libtiff and decoding._LIBTIFF)
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, np.arange(900).reshape(30, 30), compression="lzw", metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        middle = tiff.pages[0].dataoffsets[0] + tiff.pages[0].databytecounts[0] // 2
+    data = bytearray(path.read_bytes())
+    data[middle : middle + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.tif is damaged"):
+        read_pixels(path)
 
 
 def test_png_beside_tiff_files(tmp_path):

@@ -19,6 +19,7 @@ MAX_THREADS = 4
 THREADED_SIZE = 1_000_000
 """Compressed TIFFs of at least so many values are decoded in up to `MAX_THREADS` threads."""
 
+_LIBTIFF = imagecodecs.TIFF.available  # missing from some builds
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3
 _TIFF_PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "YCBCR"}
@@ -123,7 +124,7 @@ def _only_page(path: Path, max_pixels: int) -> Iterator[tifffile.TiffPage]:
 def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     with _only_page(path, max_pixels) as page:
-        pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
+        pixels = _mapped(path, page) if page.is_memmappable else _decoded(path, page)
         invert = invert_white and page.photometric.name == "MINISWHITE"
         planar = page.axes == "SYX"
     if invert and pixels.dtype.kind == "u":
@@ -137,8 +138,14 @@ def _mapped(path: Path, page: tifffile.TiffPage) -> np.ndarray:
     return np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape).view(np.ndarray)
 
 
-def _decoded(page: tifffile.TiffPage) -> np.ndarray:
-    """Return the pixels of a compressed page, its strips decoded side by side if it is large."""
+def _decoded(path: Path, page: tifffile.TiffPage) -> np.ndarray:
+    """Return the pixels of a compressed page.
+
+    LZW goes through libtiff, which takes half the time; other strips are decoded side by side if
+    the page is large.
+    """
+    if page.compression.name == "LZW" and _LIBTIFF and page.bitspersample in (8, 16, 32, 64):
+        return imagecodecs.tiff_decode(path.read_bytes())
     threads = min(MAX_THREADS, os.cpu_count() or 1) if page.size >= THREADED_SIZE else 1
     return page.asarray(maxworkers=threads)
 
