@@ -51,7 +51,7 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
     ids = ",".join(json.loads((runs / "tiny" / "settings.json").read_text())["val_ids"])
     predicted = run("predict", checkpoint, held, "--train-dir", data / "train", "--ids", ids)
     assert predicted.exit_code == 0, predicted.output
-    scores = json.loads(run("evaluate", held, data / "train", "--ids", ids).output)
+    scores = json.loads(run("evaluate", held, data / "train", "--ids", ids).stdout)
     assert set(scores["ap50_per_class"]) == {"epithelial", "lymphocyte", "neutrophil", "macrophage"}
 
     members = tmp_path / "predictions"
