@@ -132,9 +132,10 @@ def _heading(cell: NotebookNode) -> str:
     return headings[-1] if headings else ""
 
 
-def _ask_run_dir(client: NotebookClient) -> str | None:
+def _ask_run_dir(client: _TellingClient) -> str | None:
     """Return the notebook's `run_dir`, None if it has none."""
     probe = new_code_cell(_RUN_DIR_CELL)
+    client.tell = None  # what it prints is for us
     client.nb.cells.append(probe)
     try:
         client.execute_cell(probe, len(client.nb.cells) - 1, store_history=False)
