@@ -65,7 +65,7 @@ def _axis_weights(
 
     Args:
         start: [K], where the RoI starts, in pixel-centre coordinates.
-        size: [K], its length in pixels.
+        size: [K], its length in pixels, at most M times the samples.
         length: number of pixels of the map along the axis.
         bins: M.
         samples: samples a bin.
@@ -76,14 +76,17 @@ def _axis_weights(
     steps = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / samples
     position = start[:, None] + steps * (size / bins)[:, None]
     # Samples farther than a pixel outside count as 0; nearer ones take the border's pixel.
-    inside = (position >= -1) & (position <= length)
+    share = ((position >= -1) & (position <= length)) / samples
     position = position.clamp(0, length - 1)
-    first = position[:, 0].floor().long()
-    pixels = int((position[:, -1].ceil().long() - first).max()) + 1
-    offsets = torch.arange(pixels, device=start.device)
-    distance = position[..., None] - (first[:, None] + offsets)[:, None, :]
-    weights = (1 - distance.abs()).clamp_(min=0) * inside[..., None]
-    return weights.view(len(start), bins, samples, pixels).mean(dim=2), first
+    pixel = position.long()
+    first = pixel[:, 0]
+    pixel = (pixel - first[:, None]).view(-1, bins, samples)
+    # A sample lies between two pixels; none is farther than M times the samples from the first.
+    upper = (position.frac() * share).view_as(pixel)
+    weights = start.new_zeros((len(start), bins, bins * samples + 2))
+    weights.scatter_add_(2, pixel, share.view_as(pixel).to(upper.dtype) - upper)
+    weights.scatter_add_(2, pixel + 1, upper)
+    return weights, first
 
 
 def _windows(
@@ -94,6 +97,9 @@ def _windows(
     y = (top[:, None] + torch.arange(rows, device=top.device)).clamp_(max=height - 1)
     x = (left[:, None] + torch.arange(columns, device=top.device)).clamp_(max=width - 1)
     wanted = (instances + 1).to(instance_map.dtype)[:, None, None]
-    pixels = y[:, :, None] * width + x[:, None, :]
-    shown = [layer.reshape(-1)[pixels] == wanted for layer in instance_map]
+    pixels = (y[:, :, None] * width + x[:, None, :]).reshape(-1)
+    shown = [
+        layer.reshape(-1).index_select(0, pixels).view(-1, rows, columns) == wanted
+        for layer in instance_map
+    ]
     return torch.stack(shown).any(dim=0) if len(shown) > 1 else shown[0]
