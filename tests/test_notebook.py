@@ -1,6 +1,7 @@
 """Training.ipynb, executed: as a newcomer without data, and as a user with a release."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def markdown_of(notebook: Path) -> str:
     cells = nbformat.read(notebook, as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return "\n".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+
+
+def keep_sections(folder: Path, *headings: str) -> Path:
+    """Write the notebook with these sections alone, as a new kernel that runs only them."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    kept, section = [], ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            section = cell.source.splitlines()[0].removeprefix("## ")
+        if section in headings:
+            kept.append(cell)
+    notebook.cells = kept
+    path = folder / "Part.ipynb"
+    nbformat.write(notebook, path)
+    return path
 
 
 def check_results(run_dir: Path, predictions_dir: Path, output_dir: Path, index_path: Path):
@@ -62,6 +78,29 @@ def test_without_a_release_made_tissue_stands_in_and_is_marked(tmp_path):
     check_results(executed.parent, root / "predictions", root, index)
     assert markdown_of(executed).count("drawn tissue") >= 4
     assert json.loads((executed.parent / "settings.json").read_text())["sample_data"] is True
+
+    # In a new kernel: evaluation, test and report from the checkpoint alone, ...
+    before = (executed.parent / "validation.json").read_bytes()
+    (executed.parent / "validation.json").unlink()
+    late = ("Evaluation on validation", "Test predictions", "Report", "Ensemble")
+    part = keep_sections(tmp_path, "Settings", "Setup", "Data", "Split and loaders", *late)
+    execute_notebook(part, parameters=parameters | {"run_dir": str(executed.parent)})
+    assert (executed.parent / "validation.json").read_bytes() == before
+    # ... and the ensemble from dropped files, without any data.
+    part = keep_sections(tmp_path, "Settings", "Setup", "Ensemble")
+    places = {"predictions_dir": str(root / "predictions"), "output_dir": str(tmp_path / "out")}
+    execute_notebook(part, tmp_path / "part.ipynb", parameters=places)
+    merged = (tmp_path / "out" / "test-results.json").read_bytes()
+    assert merged == (root / "test-results.json").read_bytes()
+
+    # A lab's folder without test images is no error.
+    part = keep_sections(tmp_path, "Settings", "Setup", "Data", "Test predictions", "Ensemble")
+    shutil.copytree(root / "hw3-data-release" / "train", tmp_path / "lab" / "train")
+    lab = {"release_dir": str(tmp_path / "lab"), "predictions_dir": str(tmp_path / "none")}
+    lab |= {"runs_dir": str(tmp_path), "run_dir": str(executed.parent)}
+    execute_notebook(part, tmp_path / "lab.ipynb", parameters=lab)
+    shown = markdown_of(tmp_path / "lab.ipynb")
+    assert "no test images" in shown and "nothing to merge" in shown
 
 
 def test_with_a_release_it_is_the_users_own_run(tmp_path):
