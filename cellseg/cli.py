@@ -106,10 +106,14 @@ def train(
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Train a model; run again to go on. Give --epochs or --minutes."""
+    """Train a model; run again to go on. Give --epochs or --minutes.
+
+    Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
+    after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
+    """
     from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
     from cellseg.models import BUILDERS
-    from cellseg.training import fit, open_run
+    from cellseg.training import TrainingInterrupted, fit, open_run
 
     if epochs is None and minutes is None:
         raise SettingsError("give --epochs or --minutes, so that the run has an end")
@@ -153,10 +157,14 @@ def train(
         seed=seed,
         draws_per_image=draws_per_image,
     )
-    for epoch in fit(
-        model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
-    ):
-        typer.echo(epoch.line())
+    try:
+        for epoch in fit(
+            model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
+        ):
+            typer.echo(epoch.line())
+    except TrainingInterrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(128 + interrupted.signum) from None
     typer.echo(f"run folder: {run.path}")
 
 

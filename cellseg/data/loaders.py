@@ -1,5 +1,6 @@
 """Batches for training and validation whose order is a function of (seed, epoch)."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -153,10 +154,16 @@ def make_loaders(
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "collate_fn": collate,
+        "worker_init_fn": _leave_interrupts_to_parent,
         "pin_memory": torch.cuda.is_available(),
     }
     train_loader = DataLoader(train_dataset, batch_sampler=batches, **options)
     return train_loader, DataLoader(val_dataset, batch_size=1, **options)
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    """Let Ctrl-C, which reaches every process, be handled by the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, Any]]) -> tuple[list[torch.Tensor], list[Any]]:

@@ -2,6 +2,7 @@
 
 from cellseg.training.checkpoint import load_model, read_checkpoint
 from cellseg.training.fit import fit
+from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.precision import pick_device
 from cellseg.training.run import (
     EpochSummary,
@@ -15,6 +16,7 @@ from cellseg.training.validation import to_device, validate
 __all__ = [
     "EpochSummary",
     "Run",
+    "TrainingInterrupted",
     "fit",
     "load_model",
     "open_run",

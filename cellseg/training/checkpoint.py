@@ -1,5 +1,8 @@
-"""Checkpoints: tensors and plain values only, written whole, read without running anything."""
+"""Checkpoints: tensors and plain values only, sealed by a digest, read without running anything."""
 
+import hashlib
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +15,23 @@ from cellseg.models import build_from_spec
 
 FORMAT = 1
 MARK = "cellseg checkpoint"
+STATE_NAME = "last.pt"
+PREVIOUS_NAME = "previous.pt"
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint; an older one under this name stays until the new one is complete."""
+    sealed = {"mark": MARK, "format": FORMAT, "digest": digest_of(content)} | content
     with open_atomically(path) as file:
-        torch.save({"mark": MARK, "format": FORMAT} | content, file)
+        torch.save(sealed, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, not one of ours, or from a newer version.
+        CheckpointError: if the file is missing, damaged (one bit is enough), not one of ours, or
+            from a newer version.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +54,86 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has format {content['format']}, this version reads up to {FORMAT}; "
             "install a newer cellseg"
         )
-    return content
+    rest = {k: v for k, v in content.items() if k not in ("mark", "format", "digest")}
+    if content.get("digest") != digest_of(rest):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its content does not match its digest; use another "
+            "one, or train again"
+        )
+    return rest
+
+
+def digest_of(value: Any) -> str:
+    """Return a SHA-256 over a tree of dicts, lists, tensors and plain values, types included.
+
+    torch.load takes a flipped bit in a tensor for good; this does not.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Add a value to a digest, with marks that keep different trees apart."""
+    if isinstance(value, dict):
+        digest.update(b"{%d" % len(value))
+        for key, item in value.items():
+            _feed(digest, key)
+            _feed(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(b"[%d" % len(value))
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, torch.Tensor):
+        digest.update(f"t{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(f"{type(value).__name__}{value!r}".encode())
+
+
+def save_state(run_dir: str | Path, content: dict[str, Any]) -> None:
+    """Write a run's state; the one before stays, as `previous.pt`, and this one is proved first.
+
+    Raises:
+        CheckpointError: if what was written does not read back; the older states are intact.
+    """
+    run_dir = Path(run_dir)
+    last, new = run_dir / STATE_NAME, run_dir / f"{STATE_NAME}.new"
+    try:
+        write_checkpoint(new, content)
+        read_checkpoint(new)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    if last.exists():
+        os.replace(last, run_dir / PREVIOUS_NAME)
+    os.replace(new, last)
+
+
+def load_state(run_dir: str | Path) -> dict[str, Any] | None:
+    """Return a run's last good state, None if it has none.
+
+    Raises:
+        CheckpointError: if there are states but none can be used.
+    """
+    run_dir = Path(run_dir)
+    # In this order of age; a crash between two renames leaves the newest under `.new`.
+    paths = [run_dir / name for name in (STATE_NAME, f"{STATE_NAME}.new", PREVIOUS_NAME)]
+    faults = []
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            state = read_checkpoint(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            warnings.warn(f"{faults[0]} - going on from {path.name} instead", stacklevel=2)
+        return state
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    return None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GeneralizedRCNN:

@@ -1,0 +1,141 @@
+"""A run's state on disk: saved whole, taken up again, the one before kept until it is safe."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cellseg.errors import CheckpointError, TrainingError
+from cellseg.files import read_json
+from cellseg.training.checkpoint import STATE_NAME, load_state, save_state, write_checkpoint
+from cellseg.training.interruption import TrainingInterrupted
+from cellseg.training.run import EpochSummary, write_history
+from cellseg.training.session import Session
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StateKeeper:
+    """Keeps a session's state in the run's folder."""
+
+    def __init__(
+        self, run_dir: Path, session: Session, save_every: float, keep_checkpoints: int
+    ) -> None:
+        """Keep what is asked for; see `fit`."""
+        self.run_dir, self.session = run_dir, session
+        self.save_every, self.keep = save_every, keep_checkpoints
+        self.saved_at = time.monotonic()
+
+    def _about(self) -> dict[str, Any]:
+        """Return what every checkpoint of the run says about its model."""
+        path = self.run_dir / "settings.json"
+        return {
+            "spec": self.session.model.spec,
+            "provenance": self.session.model.provenance,
+            "settings": read_json(path) if path.exists() else {},
+        }
+
+    def save(self) -> None:
+        """Save the state as it is."""
+        with told_as_full(self.run_dir):
+            save_state(self.run_dir, self._about() | self.session.state())
+        self.saved_at = time.monotonic()
+
+    def save_if_due(self) -> None:
+        """Save the state if the last time is long enough ago."""
+        if time.monotonic() - self.saved_at >= self.save_every:
+            self.save()
+
+    def resume(self, how: str) -> None:
+        """Take up the state in the run's folder, if there is one."""
+        if how != "auto":
+            if (self.run_dir / STATE_NAME).exists():
+                raise TrainingError(
+                    f"{self.run_dir / STATE_NAME} exists; use resume='auto' to go on, or another "
+                    "run_dir"
+                )
+            return
+        state = load_state(self.run_dir)
+        if state is None:
+            return
+        if _network(state["spec"]) != _network(self.session.model.spec):
+            raise CheckpointError(
+                f"{self.run_dir / STATE_NAME} was written by {state['spec']}, not by this model "
+                f"({self.session.model.spec}); choose another run_dir"
+            )
+        self.session.load(state)
+        self._write_history()
+
+    def _write_history(self) -> None:
+        """Write the closed epochs into `metrics.jsonl`."""
+        with told_as_full(self.run_dir):
+            write_history(self.run_dir, [EpochSummary(**row) for row in self.session.history])
+
+    def close_epoch(self, summary: EpochSummary) -> None:
+        """Write the epoch's results and the state after it: the best weights, the history."""
+        session = self.session
+        if summary.ap50 is not None and summary.ap50 > session.best_ap50:
+            session.best_ap50 = summary.ap50
+            best = {"model": session.average.model.state_dict(), "epoch": summary.epoch}
+            with told_as_full(self.run_dir):
+                write_checkpoint(
+                    self.run_dir / "best.pt", self._about() | best | {"ap50": summary.ap50}
+                )
+        session.history.append(asdict(summary))
+        session.epoch += 1
+        session.begin_epoch()
+        self._write_history()
+        self.save()
+        if self.keep:
+            self._keep_last()
+
+    def _keep_last(self) -> None:
+        """Keep this epoch's state under its number, and no more than asked for."""
+        kept = self.run_dir / f"epoch_{self.session.epoch:03d}.pt"
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.run_dir / STATE_NAME, kept)
+        except OSError:  # a file system without links
+            shutil.copy2(self.run_dir / STATE_NAME, kept)
+        for old in sorted(self.run_dir.glob("epoch_*.pt"))[: -self.keep]:
+            old.unlink()
+
+    def interrupted(self, signum: int) -> TrainingInterrupted:
+        """Return the exception that tells where training stopped."""
+        return TrainingInterrupted(
+            f"stopped by {signal.Signals(signum).name} in epoch {self.session.epoch + 1} after "
+            f"batch {self.session.batch}; the state is saved in {self.run_dir}: run again to go on",
+            signum,
+        )
+
+
+@contextmanager
+def told_as_full(run_dir: Path) -> Iterator[None]:
+    """Raise TrainingError, with the remedy, where the block cannot write into the run's folder.
+
+    torch's writer answers a full disk with a RuntimeError of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        full = isinstance(error, RuntimeError) or error.errno in FULL
+        what = "the disk is full" if full else str(error)
+        remedy = "make space" if full else "check the folder's rights"
+        raise TrainingError(
+            f"{run_dir} cannot be written to ({what}); the last saved state is intact: {remedy} "
+            "and run again to go on"
+        ) from error
+
+
+def _network(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a spec without the place of its first weights, which a checkpoint replaces."""
+    arguments = {key: value for key, value in spec["arguments"].items() if key != "weights"}
+    return spec | {"arguments": arguments}

@@ -1,0 +1,260 @@
+"""What a run holds between steps: model, average, optimiser, and how far it is.
+
+A session moves in steps. After each step its state is whole: saved and loaded there, it goes on bit
+for bit as if it had not been interrupted.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cellseg.errors import CheckpointError, TrainingError
+from cellseg.training.averaging import WeightAverage
+from cellseg.training.generators import generator_states, restore_generators
+from cellseg.training.precision import autocast
+from cellseg.training.schedule import Length, learning_rate_share
+from cellseg.training.validation import forked_seed, to_device
+
+SEED_STRIDE = 1_000_003  # keeps the draws of (seed, step) apart for neighbouring seeds
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which training stops
+
+Batch = tuple[Sequence[Tensor], Sequence[dict[str, Any]]]
+
+
+class Session:
+    """A model in training, and everything that its next step depends on.
+
+    Attributes:
+        epoch: epochs that are closed.
+        batch: batches of the current epoch that are done.
+        step: optimiser steps so far.
+        seconds: of training so far, loading included.
+        best_ap50: the best validation so far; -1 before the first.
+        history: the summaries of the closed epochs, as plain dicts.
+        average: the trailing average of the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batches_per_epoch: int,
+        length: Length,
+        learning_rate: float,
+        weight_decay: float,
+        warmup: float,
+        clip_norm: float,
+        ema_decay: float,
+        accumulate: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        """Start at step 0; for the arguments see `fit`."""
+        self.model = model.to(device)
+        self.device, self.dtype, self.length, self.seed = device, dtype, length, seed
+        self.learning_rate, self.warmup, self.clip_norm = learning_rate, warmup, clip_norm
+        self.accumulate, self.batches_per_epoch = accumulate, batches_per_epoch
+        self.optimiser = torch.optim.AdamW(split_by_decay(model, weight_decay), lr=learning_rate)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.average = WeightAverage(model, ema_decay)
+        self.epoch = self.batch = self.step = 0
+        self.seconds, self.best_ap50 = 0.0, -1.0
+        self.history: list[dict[str, Any]] = []
+        self.micro_batches = 1
+        self.skipped: list[list[int]] = []
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Forget what was added up over the epoch before."""
+        self.batch, self.epoch_images, self.epoch_seconds = 0, 0, 0.0
+        self.loss_sums: dict[str, Tensor] = {}
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0-1."""
+        steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulate)
+        return self.length.progress(self.step, steps_per_epoch, self.seconds)
+
+    @property
+    def mean_losses(self) -> dict[str, float]:
+        """The mean of each part of the loss over the epoch so far."""
+        return {name: float(value) / max(self.batch, 1) for name, value in self.loss_sums.items()}
+
+    def train_step(self, group: Sequence[Batch]) -> None:
+        """Change the weights once by the gradients of a group of batches.
+
+        A loss or gradient that is not finite changes nothing; after `MAX_SKIPPED` in a row
+        training stops. Where memory runs out, the batches are cut into smaller ones whose
+        gradients are added up, if that gives the same result: not if batch norms are trained.
+
+        Raises:
+            TrainingError: as said; the state is that of the last good step.
+        """
+        rate = self.learning_rate * learning_rate_share(self.progress, warmup=self.warmup)
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = rate
+        with self._norms_kept_if_not_finite() as outcome:
+            losses = self._add_gradients_within_memory(group)
+            outcome["finite"] = finite = self._change_weights(losses)
+        ids = [target["image_id"] for _, targets in group for target in targets]
+        if finite:
+            self.skipped = []
+            for name, value in losses.items():
+                self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
+        else:
+            self.skipped.append(ids)
+        self.step += 1
+        self.batch += len(group)
+        self.epoch_images += len(ids)
+        if len(self.skipped) >= MAX_SKIPPED:
+            parts = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+            images = sorted({image_id for some in self.skipped for image_id in some})
+            raise TrainingError(
+                f"loss or gradient is not finite in {MAX_SKIPPED} steps in a row, up to epoch "
+                f"{self.epoch + 1}, batch {self.batch} (images {images}; {parts}); lower "
+                "learning_rate or use precision='float32', and look at these images"
+            )
+
+    def _add_gradients_within_memory(self, group: Sequence[Batch]) -> dict[str, Tensor]:
+        """Return the losses of a group, its gradients added up; smaller pieces if memory ends."""
+        while True:
+            try:
+                return self._add_gradients(group)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.optimiser.zero_grad(set_to_none=True)
+                self._cut_smaller(max(len(images) for images, _ in group), error)
+
+    def _cut_smaller(self, batch_size: int, error: BaseException) -> None:
+        """Halve the micro-batches, or say what would fit."""
+        now = math.ceil(batch_size / self.micro_batches)
+        if now == 1:
+            raise TrainingError(
+                "out of memory with one image at a time; lower crop_size, image_scale, "
+                "rois_per_image or fpn_channels"
+            ) from error
+        if any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            raise TrainingError(
+                f"out of memory with {now} images a batch; batch_size={now // 2} may fit (the "
+                "model's batch norms are trained, so a batch cannot be cut without changing them)"
+            ) from error
+        self.micro_batches *= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory with {now} images at a time: going on with {math.ceil(now / 2)}, "
+            "gradients added up to the same batch",
+            stacklevel=2,
+        )
+
+    def _add_gradients(self, group: Sequence[Batch]) -> dict[str, Tensor]:
+        """Add the gradients of a group of batches; return the sums of their losses."""
+        sums: dict[str, Tensor] = {}
+        for number, (images, targets) in enumerate(group):
+            seed = self.seed * SEED_STRIDE + self.epoch * self.batches_per_epoch + self.batch
+            size = math.ceil(len(images) / self.micro_batches)
+            with forked_seed(seed + number + 1, self.device):
+                for first in range(0, len(images), size):
+                    part = slice(first, first + size)
+                    moved = to_device(images[part], targets[part], self.device)
+                    with autocast(self.device, self.dtype):
+                        losses = self.model(*moved)
+                        loss = sum(losses.values())
+                    share = len(moved[0]) / len(images)
+                    self.scaler.scale(loss * (share / self.accumulate)).backward()
+                    for name, value in losses.items():
+                        sums[name] = sums.get(name, 0.0) + value.detach() * share
+        return sums
+
+    def _change_weights(self, losses: dict[str, Tensor]) -> bool:
+        """Step if losses and gradients are finite; tell whether they are."""
+        finite = bool(torch.isfinite(sum(losses.values())))
+        if finite:
+            self.scaler.unscale_(self.optimiser)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            # With float16 the scaler skips what overflows, and lowers its factor.
+            finite = self.scaler.is_enabled() or bool(torch.isfinite(norm))
+        if finite:
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.average.update(self.model)
+        self.optimiser.zero_grad(set_to_none=True)
+        return finite
+
+    @contextmanager
+    def _norms_kept_if_not_finite(self) -> Iterator[dict[str, bool]]:
+        """Put the running statistics of trained norms back if the step turns out not finite."""
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+        outcome = {"finite": False}
+        try:
+            yield outcome
+        finally:
+            if not outcome["finite"]:
+                for norm, saved in zip(norms, before, strict=True):
+                    for buffer, value in zip(norm.buffers(), saved, strict=True):
+                        buffer.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict(),
+            "ema_updates": self.average.updates,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
+            "seconds": self.seconds,
+            "this_epoch": {
+                "images": self.epoch_images,
+                "seconds": self.epoch_seconds,
+                "loss_sums": dict(self.loss_sums),
+            },
+            "skipped": self.skipped,
+            "best_ap50": self.best_ap50,
+            "history": self.history,
+            "generators": generator_states(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state` returned.
+
+        Raises:
+            CheckpointError: if it does not fit this model and optimiser.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.average.model.load_state_dict(state["ema"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"the saved state does not fit this model: {reason}") from error
+        self.average.updates = state["ema_updates"]
+        self.epoch, self.batch, self.step = (
+            state["position"][key] for key in ("epoch", "batch", "step")
+        )
+        this_epoch = state["this_epoch"]
+        self.epoch_images, self.epoch_seconds = this_epoch["images"], this_epoch["seconds"]
+        self.loss_sums = {
+            name: value.to(self.device) for name, value in this_epoch["loss_sums"].items()
+        }
+        self.seconds, self.best_ap50 = state["seconds"], state["best_ap50"]
+        self.skipped, self.history = state["skipped"], state["history"]
+        restore_generators(state["generators"])
+
+
+def split_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups: kernels and matrices decay, norms and biases do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
