@@ -101,6 +101,11 @@ def train(
     class_names: Names = DEFAULT_NAMES,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    on_change: Annotated[
+        str, typer.Option(help="If that run has other settings: refuse or continue.")
+    ] = "refuse",
+    save_minutes: Annotated[float, typer.Option(help="Save within an epoch, too, so often.")] = 10,
+    keep_checkpoints: Annotated[int, typer.Option(help="Epochs' states to keep besides.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
@@ -146,8 +151,9 @@ def train(
         "draws_per_image": draws_per_image,
     }
     run = open_run(
-        runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed, name=name
-    )
+        runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed, name=name,
+        on_change=on_change,
+    )  # fmt: skip
     typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
     train_loader, val_loader = make_loaders(
         train_data,
@@ -159,8 +165,9 @@ def train(
     )
     try:
         for epoch in fit(
-            model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
-        ):
+            model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed,
+            save_every=save_minutes * 60, keep_checkpoints=keep_checkpoints, **schedule,
+        ):  # fmt: skip
             typer.echo(epoch.line())
     except TrainingInterrupted as interrupted:
         typer.echo(str(interrupted), err=True)

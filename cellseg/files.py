@@ -62,18 +62,34 @@ def read_json(path: str | Path) -> Any:
         DataError: if the file is missing or is not JSON; names the file and the place.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}); write it anew"
         ) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{path} holds a number that cannot be ({error})") from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to be one of ours; write it anew") from None
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file.
+
+    Raises:
+        DataError: if the file is missing, cannot be opened, or is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check the file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
 
 def digest_files(paths: Iterable[str | Path]) -> str:

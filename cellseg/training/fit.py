@@ -6,7 +6,8 @@ Workers and interruptions change none of them.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cellseg.data import SampleImages
 from cellseg.errors import DataError, SettingsError, TrainingError
 from cellseg.evaluation import dataset_truth, score_records
 from cellseg.inference import predict_images
-from cellseg.training.interruption import StopRequest, stop_requests
+from cellseg.training.interruption import StopRequest, alarms_held_back, stop_requests
 from cellseg.training.keeper import StateKeeper
 from cellseg.training.lock import RunLock, lock_run
 from cellseg.training.precision import autocast, pick_device, pick_precision
@@ -27,6 +28,9 @@ from cellseg.training.run import EpochSummary
 from cellseg.training.schedule import Length
 from cellseg.training.session import Batch, Session
 from cellseg.training.validation import Validation, validate
+
+# Of torch's messages about a worker that was killed, or about its shared memory.
+WORKER_GONE = ("DataLoader worker (pid", "shared memory", "shm", "unable to mmap", "ancdata")
 
 
 def fit(
@@ -93,7 +97,8 @@ def fit(
 
     Raises:
         TrainingInterrupted: a KeyboardInterrupt, after SIGINT, SIGTERM or SIGUSR1 (or the
-            notebook's stop button) and the end of the step; the state is saved.
+            notebook's stop button) and the end of the step; the state is saved. A second signal
+            raises KeyboardInterrupt at once; the state is that of the last save.
         TrainingError: if loss or gradient are not finite in many steps, memory or disk are
             full, a worker dies, another process trains in the folder, or it holds a run and
             `resume` is "never"; says what to do.
@@ -123,13 +128,21 @@ def fit(
         probe, truths = _probe_dataset(train_loader.dataset, probe_images), None
         # An epoch may be trained and not closed: stopped while it was validated.
         while session.progress < 1 or session.batch:
-            _train_epoch(session, train_loader, keeper, lock, progress)
-            scored = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
-            if scored:
-                keeper.save()
-                truths = truths or (dataset_truth(val_loader.dataset), dataset_truth(probe))
-            summary = _summarise(session, val_loader, probe, truths if scored else None, progress)
-            keeper.close_epoch(summary)
+            with stop_requests() as stop:
+                _train_epoch(session, train_loader, keeper, lock, stop, progress)
+                scored = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
+                if scored:
+                    keeper.save()
+                    truths = truths or (dataset_truth(val_loader.dataset), dataset_truth(probe))
+                    stop.at_once = keeper.interrupted
+                with told_of_reading():
+                    summary = _summarise(
+                        session, val_loader, probe, truths if scored else None, progress
+                    )
+                stop.at_once = None
+                keeper.close_epoch(summary)
+                if stop.signum is not None:
+                    raise keeper.interrupted(stop.signum)
             yield summary
 
 
@@ -143,12 +156,19 @@ def _check(accumulate: int, validate_every: int, resume: str) -> None:
 
 
 def _train_epoch(
-    session: Session, loader: DataLoader, keeper: StateKeeper, lock: RunLock, show: bool
+    session: Session,
+    loader: DataLoader,
+    keeper: StateKeeper,
+    lock: RunLock,
+    stop: StopRequest,
+    show: bool,
 ) -> None:
     """Train to the end of the epoch, from where it stands, or until the time is up."""
+    last = len(loader)
+    if session.batch >= last or session.progress >= 1:
+        return  # trained before it was interrupted, and not closed
     session.model.train()
     loader.batch_sampler.set_epoch(session.epoch, start_batch=session.batch)
-    last = len(loader)
     of = f"/{session.length.epochs}" if session.length.epochs else ""
     bar = tqdm(
         total=last,
@@ -158,52 +178,72 @@ def _train_epoch(
         disable=not show,
         leave=False,
     )
-    with bar, stop_requests() as stop:
+    with bar, told_of_reading(keeper.save):
         clock, group = time.perf_counter(), []
-        batches = _batches(loader, keeper, stop) if session.batch < last else iter(())
-        for batch in batches:
+        for batch in _batches(loader, stop):
             group.append(batch)
             if len(group) < session.accumulate and session.batch + len(group) < last:
                 continue
-            session.train_step(group)
-            bar.update(len(group))
-            group = []
-            clock = _count_time(session, clock)
-            bar.set_postfix_str(_time_left(session), refresh=False)
-            lock.sign_of_life()
-            if stop.signum is not None:
-                break
-            keeper.save_if_due()
+            with alarms_held_back(stop):
+                _step(session, group, keeper)
+                bar.update(len(group))
+                group = []
+                clock = _count_time(session, clock)
+                bar.set_postfix_str(_time_left(session), refresh=False)
+                lock.sign_of_life()
+                if stop.signum is not None:
+                    break
+                keeper.save_if_due()
             if session.length.time_budget and session.progress >= 1:
                 break
-        if stop.signum is not None:
-            keeper.save()
-            raise keeper.interrupted(stop.signum)
+    if stop.signum is not None:
+        keeper.save()
+        raise keeper.interrupted(stop.signum)
 
 
-def _batches(loader: DataLoader, keeper: StateKeeper, stop: StopRequest) -> Iterator[Batch]:
-    """Yield batches; what goes wrong in reading them ends with a saved state and a remedy."""
-    iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator, None)
-        except DataError:
-            keeper.save()
+def _step(session: Session, group: list[Batch], keeper: StateKeeper) -> None:
+    """Make one step; where it cannot be made, save the state before it."""
+    try:
+        session.train_step(group)
+    except TrainingError:
+        keeper.save()
+        raise
+
+
+def _batches(loader: DataLoader, stop: StopRequest) -> Iterator[Batch]:
+    """Yield the loader's batches; none any more if a signal has reached its workers, too."""
+    try:
+        yield from loader
+    except RuntimeError:
+        if stop.signum is None:
             raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-                raise
-            if stop.signum is not None:  # the signal reached the workers, too
-                return
-            keeper.save()
-            raise TrainingError(
-                f"a process that reads ahead died ({str(error).splitlines()[0]}); the state is "
-                "saved: run again with workers=0, or with fewer workers, a smaller batch_size or "
-                "more shared memory (docker run --shm-size=2g)"
-            ) from error
-        if batch is None:
-            return
-        yield batch
+
+
+@contextmanager
+def told_of_reading(save: Callable[[], None] | None = None) -> Iterator[None]:
+    """Say in one sentence what went wrong where a loader reads, after saving the state.
+
+    An error of a worker arrives as a text that holds its whole traceback; the last line is ours.
+    """
+    try:
+        yield
+    except DataError as error:
+        if save is not None:
+            save()
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from error
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        if not lines or not any(sign in str(error) for sign in WORKER_GONE):
+            raise
+        if save is not None:
+            save()
+        reason = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        raise TrainingError(
+            f"a process that reads ahead died or found no memory ({reason}); the state is saved: "
+            "run again with workers=0, or with fewer workers, a smaller batch_size or more shared "
+            "memory (docker run --shm-size=2g)"
+        ) from error
 
 
 def _count_time(session: Session, since: float) -> float:

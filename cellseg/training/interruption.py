@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -26,11 +26,18 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has asked to stop: `signum` is None until one does."""
+    """Whether a signal has asked to stop.
+
+    Attributes:
+        signum: the signal; None until one comes.
+        at_once: makes what is raised as soon as a signal comes, where there is nothing to bring
+            to an end first; None to note it only.
+    """
 
     def __init__(self) -> None:
         """Start without a request."""
         self.signum: int | None = None
+        self.at_once: Callable[[int], BaseException] | None = None
 
 
 @contextmanager
@@ -47,8 +54,10 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.signum is not None:
             raise KeyboardInterrupt
         request.signum = signum
+        if request.at_once is not None:
+            raise request.at_once(signum)
 
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         yield request
         return
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
@@ -57,3 +66,29 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def alarms_held_back(stop: StopRequest) -> Iterator[None]:
+    """Hold back torch's alarm about a worker that died until the block is over.
+
+    torch raises it from a handler of SIGCHLD, wherever the process happens to be: in the middle
+    of a step it would leave half of the weights changed. After a request to stop, which may have
+    reached the workers as well, there is no alarm.
+    """
+    if not hasattr(signal, "SIGCHLD") or not _is_main_thread():
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda signum, frame: noted.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    if noted and callable(before) and stop.signum is None:
+        before(signal.SIGCHLD, None)
+
+
+def _is_main_thread() -> bool:
+    """Tell whether this thread may set handlers."""
+    return threading.current_thread() is threading.main_thread()

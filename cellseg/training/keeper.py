@@ -1,24 +1,21 @@
 """A run's state on disk: saved whole, taken up again, the one before kept until it is safe."""
 
-import errno
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cellseg.errors import CheckpointError, TrainingError
-from cellseg.files import read_json
 from cellseg.training.checkpoint import STATE_NAME, load_state, save_state, write_checkpoint
 from cellseg.training.interruption import TrainingInterrupted
-from cellseg.training.run import EpochSummary, write_history
+from cellseg.training.lock import told_as_full
+from cellseg.training.run import EpochSummary, read_settings, write_history
 from cellseg.training.session import Session
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFT_BY_A_KILL = (".*.pt.*.part", ".metrics.jsonl.*.part")  # of files that were being written
 
 
 class StateKeeper:
@@ -34,11 +31,10 @@ class StateKeeper:
 
     def _about(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says about its model."""
-        path = self.run_dir / "settings.json"
         return {
             "spec": self.session.model.spec,
             "provenance": self.session.model.provenance,
-            "settings": read_json(path) if path.exists() else {},
+            "settings": read_settings(self.run_dir),
         }
 
     def save(self) -> None:
@@ -53,16 +49,22 @@ class StateKeeper:
             self.save()
 
     def resume(self, how: str) -> None:
-        """Take up the state in the run's folder, if there is one."""
-        if how != "auto":
-            if (self.run_dir / STATE_NAME).exists():
-                raise TrainingError(
-                    f"{self.run_dir / STATE_NAME} exists; use resume='auto' to go on, or another "
-                    "run_dir"
-                )
-            return
+        """Take up the state in the run's folder, or save the first one if there is none.
+
+        What a killed process left half-written is removed.
+        """
+        for pattern in LEFT_BY_A_KILL:
+            for path in self.run_dir.glob(pattern):
+                path.unlink(missing_ok=True)
+        if how != "auto" and (self.run_dir / STATE_NAME).exists():
+            raise TrainingError(
+                f"{self.run_dir / STATE_NAME} exists; use resume='auto' to go on, or another "
+                "run_dir"
+            )
         state = load_state(self.run_dir)
         if state is None:
+            # Whatever stops the first epoch, the model in memory is not what the run began with.
+            self.save()
             return
         if _network(state["spec"]) != _network(self.session.model.spec):
             raise CheckpointError(
@@ -102,8 +104,10 @@ class StateKeeper:
         try:
             os.link(self.run_dir / STATE_NAME, kept)
         except OSError:  # a file system without links
-            shutil.copy2(self.run_dir / STATE_NAME, kept)
-        for old in sorted(self.run_dir.glob("epoch_*.pt"))[: -self.keep]:
+            with told_as_full(self.run_dir):
+                shutil.copy2(self.run_dir / STATE_NAME, kept)
+        found = sorted(self.run_dir.glob("epoch_*.pt"), key=lambda path: (len(path.name), path))
+        for old in found[: -self.keep]:
             old.unlink()
 
     def interrupted(self, signum: int) -> TrainingInterrupted:
@@ -113,26 +117,6 @@ class StateKeeper:
             f"batch {self.session.batch}; the state is saved in {self.run_dir}: run again to go on",
             signum,
         )
-
-
-@contextmanager
-def told_as_full(run_dir: Path) -> Iterator[None]:
-    """Raise TrainingError, with the remedy, where the block cannot write into the run's folder.
-
-    torch's writer answers a full disk with a RuntimeError of its own.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        full = isinstance(error, RuntimeError) or error.errno in FULL
-        what = "the disk is full" if full else str(error)
-        remedy = "make space" if full else "check the folder's rights"
-        raise TrainingError(
-            f"{run_dir} cannot be written to ({what}); the last saved state is intact: {remedy} "
-            "and run again to go on"
-        ) from error
 
 
 def _network(spec: dict[str, Any]) -> dict[str, Any]:

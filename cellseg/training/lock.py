@@ -1,5 +1,6 @@
-"""One process at a time in a run's folder."""
+"""A run's folder: one process at a time, and what is said if it cannot be written to."""
 
+import errno
 import json
 import os
 import socket
@@ -15,6 +16,27 @@ from cellseg.errors import TrainingError
 LOCK_NAME = "run.lock"
 SILENT_AFTER = 300.0  # seconds without a sign of life after which another machine's lock is stale
 SIGN_EVERY = 30.0  # seconds between signs of life
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextmanager
+def told_as_full(run_dir: Path) -> Iterator[None]:
+    """Raise TrainingError, with the remedy, where the block cannot write into the run's folder.
+
+    torch's writer answers a full disk with a RuntimeError of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        full = isinstance(error, RuntimeError) or error.errno in FULL
+        what = "the disk is full" if full else str(error)
+        remedy = "make space" if full else "check the folder's rights"
+        raise TrainingError(
+            f"{run_dir} cannot be written to ({what}); the last saved state is intact: {remedy} "
+            "and run again to go on"
+        ) from error
 
 
 class RunLock:
@@ -45,15 +67,16 @@ def lock_run(run_dir: str | Path) -> Iterator[RunLock]:
         TrainingError: if another process holds the folder; names it.
     """
     path = Path(run_dir) / LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
     mine["token"] = uuid.uuid4().hex
-    for _ in range(3):
-        if _create(path, mine):
-            break
-        _remove_if_stale(path)
-    else:
-        raise TrainingError(f"{path} cannot be taken; other processes start in the same folder")
+    with told_as_full(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):
+            if _create(path, mine):
+                break
+            _remove_if_stale(path)
+        else:
+            raise TrainingError(f"{path} cannot be taken; others start in the same folder")
     try:
         yield RunLock(path)
     finally:
@@ -68,8 +91,12 @@ def _create(path: Path, content: dict) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -100,7 +127,7 @@ def _remove_if_stale(path: Path) -> None:
     with suppress(FileNotFoundError):
         os.replace(path, aside)
         if _read(aside) != owner:
-            with suppress(FileExistsError):
+            with suppress(OSError):
                 os.link(aside, path)
         aside.unlink()
 

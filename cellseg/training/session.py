@@ -75,27 +75,36 @@ class Session:
         """Forget what was added up over the epoch before."""
         self.batch, self.epoch_images, self.epoch_seconds = 0, 0, 0.0
         self.loss_sums: dict[str, Tensor] = {}
+        self.summed_batches = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The optimiser steps of a whole epoch."""
+        return math.ceil(self.batches_per_epoch / self.accumulate)
 
     @property
     def progress(self) -> float:
         """The share of the run that is done, 0-1."""
-        steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulate)
-        return self.length.progress(self.step, steps_per_epoch, self.seconds)
+        within_epoch = math.ceil(self.batch / self.accumulate)
+        done = self.epoch * self.steps_per_epoch + within_epoch
+        return self.length.progress(done, self.steps_per_epoch, self.seconds)
 
     @property
     def mean_losses(self) -> dict[str, float]:
-        """The mean of each part of the loss over the epoch so far."""
-        return {name: float(value) / max(self.batch, 1) for name, value in self.loss_sums.items()}
+        """The mean of each part of the loss over the epoch so far, skipped batches apart."""
+        count = max(self.summed_batches, 1)
+        return {name: float(value) / count for name, value in self.loss_sums.items()}
 
     def train_step(self, group: Sequence[Batch]) -> None:
         """Change the weights once by the gradients of a group of batches.
 
-        A loss or gradient that is not finite changes nothing; after `MAX_SKIPPED` in a row
-        training stops. Where memory runs out, the batches are cut into smaller ones whose
-        gradients are added up, if that gives the same result: not if batch norms are trained.
+        A loss or gradient that is not finite changes nothing; after `MAX_SKIPPED` in a row, or a
+        whole epoch of them, training stops. Where memory runs out, the batches are cut into
+        smaller ones whose gradients are added up; not if batch norms are trained, which would
+        see other batches.
 
         Raises:
-            TrainingError: as said; the state is that of the last good step.
+            TrainingError: as said; the weights are those of the last good step.
         """
         rate = self.learning_rate * learning_rate_share(self.progress, warmup=self.warmup)
         for parameters in self.optimiser.param_groups:
@@ -106,6 +115,7 @@ class Session:
         ids = [target["image_id"] for _, targets in group for target in targets]
         if finite:
             self.skipped = []
+            self.summed_batches += len(group)
             for name, value in losses.items():
                 self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
         else:
@@ -113,44 +123,72 @@ class Session:
         self.step += 1
         self.batch += len(group)
         self.epoch_images += len(ids)
-        if len(self.skipped) >= MAX_SKIPPED:
-            parts = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            images = sorted({image_id for some in self.skipped for image_id in some})
-            raise TrainingError(
-                f"loss or gradient is not finite in {MAX_SKIPPED} steps in a row, up to epoch "
-                f"{self.epoch + 1}, batch {self.batch} (images {images}; {parts}); lower "
-                "learning_rate or use precision='float32', and look at these images"
+        if not finite:
+            self._tell_of_skipped(losses)
+
+    def _tell_of_skipped(self, losses: dict[str, Tensor]) -> None:
+        """Warn of a step that was skipped, or stop after too many of them."""
+        place = f"epoch {self.epoch + 1}, batch {self.batch}"
+        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        count = len(self.skipped)
+        if count < min(MAX_SKIPPED, self.steps_per_epoch):
+            warnings.warn(
+                f"loss or gradient is not finite in {place} (images {self.skipped[-1]}; {parts}): "
+                "step skipped",
+                stacklevel=3,
             )
+            return
+        images = sorted({image_id for some in self.skipped for image_id in some})
+        self.skipped = []  # whoever goes on regardless has as many again
+        raise TrainingError(
+            f"loss or gradient is not finite in {count} steps in a row, up to {place} (images "
+            f"{images}; {parts}); lower learning_rate or use precision='float32', and look at "
+            "these images"
+        )
 
     def _add_gradients_within_memory(self, group: Sequence[Batch]) -> dict[str, Tensor]:
         """Return the losses of a group, its gradients added up; smaller pieces if memory ends."""
-        while True:
-            try:
-                return self._add_gradients(group)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                self.optimiser.zero_grad(set_to_none=True)
-                self._cut_smaller(max(len(images) for images, _ in group), error)
+        before = self.micro_batches
+        largest = max(len(images) for images, _ in group)
+        while (losses := self._gradients_or_none(group)) is None:
+            if self.micro_batches >= largest:
+                self.micro_batches = before
+                raise TrainingError(
+                    "out of memory with one image at a time; lower crop_size, image_scale, "
+                    "rois_per_image or fpn_channels, and run again to go on"
+                )
+            self.micro_batches *= 2
+        if self.micro_batches > before:
+            self._tell_of_cut(largest, before)
+        return losses
 
-    def _cut_smaller(self, batch_size: int, error: BaseException) -> None:
-        """Halve the micro-batches, or say what would fit."""
-        now = math.ceil(batch_size / self.micro_batches)
-        if now == 1:
-            raise TrainingError(
-                "out of memory with one image at a time; lower crop_size, image_scale, "
-                "rois_per_image or fpn_channels"
-            ) from error
-        if any(isinstance(module, _BatchNorm) for module in self.model.modules()):
-            raise TrainingError(
-                f"out of memory with {now} images a batch; batch_size={now // 2} may fit (the "
-                "model's batch norms are trained, so a batch cannot be cut without changing them)"
-            ) from error
-        self.micro_batches *= 2
+    def _gradients_or_none(self, group: Sequence[Batch]) -> dict[str, Tensor] | None:
+        """Add the gradients of a group, or leave none of them and return None: memory ran out."""
+        try:
+            return self._add_gradients(group)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not _is_out_of_memory(error):
+                raise
+        # Only here, with the error gone, are the tensors of the failed step free.
+        self.optimiser.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return None
+
+    def _tell_of_cut(self, largest: int, before: int) -> None:
+        """Say that batches are cut from now on, or stop where that changes the result."""
+        failed, fits = (math.ceil(largest / pieces) for pieces in (before, self.micro_batches))
+        if any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            self.micro_batches = before
+            raise TrainingError(
+                f"out of memory with {failed} images a batch; {fits} fit: use batch_size={fits} "
+                "(the model's batch norms are trained, so that a batch cannot be cut without "
+                "changing them)"
+            )
         warnings.warn(
-            f"out of memory with {now} images at a time: going on with {math.ceil(now / 2)}, "
-            "gradients added up to the same batch",
-            stacklevel=2,
+            f"out of memory with {failed} images at a time: going on with {fits}, gradients added "
+            "up to the same batch",
+            stacklevel=4,
         )
 
     def _add_gradients(self, group: Sequence[Batch]) -> dict[str, Tensor]:
@@ -215,7 +253,10 @@ class Session:
                 "images": self.epoch_images,
                 "seconds": self.epoch_seconds,
                 "loss_sums": dict(self.loss_sums),
+                "summed_batches": self.summed_batches,
             },
+            "batches_per_epoch": self.batches_per_epoch,
+            "micro_batches": self.micro_batches,
             "skipped": self.skipped,
             "best_ap50": self.best_ap50,
             "history": self.history,
@@ -225,30 +266,50 @@ class Session:
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state that `state` returned.
 
+        Where an epoch now has another number of batches, one that was begun begins anew.
+
         Raises:
             CheckpointError: if it does not fit this model and optimiser.
         """
+        decays = [group["weight_decay"] for group in self.optimiser.param_groups]
         try:
             self.model.load_state_dict(state["model"])
             self.average.model.load_state_dict(state["ema"])
             self.optimiser.load_state_dict(state["optimiser"])
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._load_numbers(state)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"the saved state does not fit this model: {reason}") from error
-        self.average.updates = state["ema_updates"]
-        self.epoch, self.batch, self.step = (
-            state["position"][key] for key in ("epoch", "batch", "step")
-        )
-        this_epoch = state["this_epoch"]
-        self.epoch_images, self.epoch_seconds = this_epoch["images"], this_epoch["seconds"]
-        self.loss_sums = {
-            name: value.to(self.device) for name, value in this_epoch["loss_sums"].items()
-        }
-        self.seconds, self.best_ap50 = state["seconds"], state["best_ap50"]
-        self.skipped, self.history = state["skipped"], state["history"]
+            raise CheckpointError(
+                f"the saved state does not fit this model or version ({reason}); choose another "
+                "run_dir"
+            ) from error
+        for group, decay in zip(self.optimiser.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        if self.batch and state["batches_per_epoch"] != self.batches_per_epoch:
+            self.begin_epoch()
         restore_generators(state["generators"])
+
+    def _load_numbers(self, state: dict[str, Any]) -> None:
+        """Take up all of a state that is not a tensor of model or optimiser."""
+        position, this_epoch = state["position"], state["this_epoch"]
+        self.average.updates = state["ema_updates"]
+        self.epoch, self.batch, self.step = (position[key] for key in ("epoch", "batch", "step"))
+        self.epoch_images, self.epoch_seconds = this_epoch["images"], this_epoch["seconds"]
+        self.summed_batches = this_epoch["summed_batches"]
+        sums = this_epoch["loss_sums"]
+        self.loss_sums = {name: value.to(self.device) for name, value in sums.items()}
+        self.seconds, self.best_ap50 = state["seconds"], state["best_ap50"]
+        self.micro_batches = state["micro_batches"]
+        self.skipped, self.history = state["skipped"], state["history"]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, which each device says in its own way."""
+    text = str(error).lower()
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "out of memory" in text or "can't allocate memory" in text
 
 
 def split_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
