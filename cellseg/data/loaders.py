@@ -1,5 +1,6 @@
 """Batches for training and validation whose order is a function of (seed, epoch)."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -76,7 +77,8 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
 
     def share(self, batch: int) -> tuple[int, int]:
         """Return how many keys of a batch are this process's, and how many it has in all."""
-        whole = min(self.batch_size, self.num_images * self.draws_per_image - batch * self.batch_size)
+        left = self.num_images * self.draws_per_image - batch * self.batch_size
+        whole = min(self.batch_size, left)
         return len(range(self.rank, whole, self.ranks)), whole
 
     def __len__(self) -> int:
@@ -205,8 +207,11 @@ def make_loaders(
 def _leave_interrupts_to_parent(worker: int) -> None:
     """Let signals that reach every process of a job be handled by the one that trains.
 
-    SIGTERM is left to torch, whose workers end with the process that started them.
+    SIGTERM is left to torch, whose workers end with the process that started them; a launcher
+    sends it to a whole group of processes, so workers leave the one they were started in.
     """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
