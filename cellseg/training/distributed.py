@@ -11,7 +11,7 @@ state of the last good step, and all end.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -96,6 +96,19 @@ class Ranks:
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
+
+    @contextmanager
+    def exchanging(self, network: nn.Module, last: bool) -> Iterator[None]:
+        """Average gradients in the block's backward pass if it is the last one of a step."""
+        with nullcontext() if last or not self.several else network.no_sync():
+            yield
+
+    @contextmanager
+    def rescuing(self, device: torch.device) -> Iterator[None]:
+        """Let the block copy from a GPU whose queue waits for a rank that is gone."""
+        stuck = self.several and device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(device)) if stuck else nullcontext():
+            yield
 
     def meet(self, ready: bool, signum: int | None, seconds: float) -> Meeting:
         """Return what all ranks know before the next step, the same for all.

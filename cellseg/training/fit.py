@@ -7,27 +7,27 @@ Workers and interruptions change none of them.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cellseg.data import SampleImages
 from cellseg.errors import DataError, SettingsError, TrainingError
-from cellseg.evaluation import dataset_truth, score_records
-from cellseg.inference import predict_images
+from cellseg.training.distributed import Ranks, join_ranks
+from cellseg.training.examination import Examination
 from cellseg.training.interruption import StopRequest, alarms_held_back, stop_requests
 from cellseg.training.keeper import StateKeeper
 from cellseg.training.lock import RunLock, lock_run
-from cellseg.training.precision import autocast, pick_device, pick_precision
+from cellseg.training.outcome import outcome_told
+from cellseg.training.precision import pick_device, pick_precision
 from cellseg.training.run import EpochSummary
 from cellseg.training.schedule import Length
-from cellseg.training.session import Batch, Session
-from cellseg.training.validation import Validation, validate
+from cellseg.training.session import Batch, Session, Share
+from cellseg.training.tracking import Forgiving
+from cellseg.training.validation import validate
 
 # Of torch's messages about a worker that was killed, or about its shared memory.
 WORKER_GONE = ("DataLoader worker (pid", "shared memory", "shm", "unable to mmap", "ancdata")
@@ -55,7 +55,9 @@ def fit(
     resume: str = "auto",
     save_every: float = 600.0,
     keep_checkpoints: int = 0,
+    tracker: str = "none",
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Iterator[EpochSummary]:
     """Train a model and yield a summary after each epoch.
 
@@ -67,6 +69,10 @@ def fit(
     Interrupted at any moment, the same call goes on where it was: on a CPU bit for bit as if it
     had never stopped. CUDA adds numbers in an order of its own in some gradients (RoIAlign,
     interpolation), so there two runs agree closely, interrupted or not.
+
+    Started by `torchrun`, each process calls this with the same arguments; they share every batch
+    and the validation images, and the first one writes. The number of processes may change when
+    a run goes on: the steps stay the same, what the losses sample in them does not.
 
     Args:
         model: a model of `cellseg.models`; changed in place and moved to the device.
@@ -90,7 +96,11 @@ def fit(
         resume: "auto" goes on from `last.pt` where there is one, "never" refuses to.
         save_every: seconds after which the state is saved also within an epoch.
         keep_checkpoints: how many epochs' states are kept besides, as `epoch_003.pt`.
+        tracker: "none", or "tensorboard" to write into `tensorboard/` in the run's folder; one
+            that fails is left out.
         progress: show bars with the time left.
+        ranks: the processes that train together, from `join_ranks`; None joins those that the
+            launcher started.
 
     Yields:
         one `EpochSummary` per epoch trained in this call; nothing if the run is finished.
@@ -100,15 +110,18 @@ def fit(
             notebook's stop button) and the end of the step; the state is saved. A second signal
             raises KeyboardInterrupt at once; the state is that of the last save.
         TrainingError: if loss or gradient are not finite in many steps, memory or disk are
-            full, a worker dies, another process trains in the folder, or it holds a run and
-            `resume` is "never"; says what to do.
+            full, a worker or another rank dies, another process trains in the folder, or it
+            holds a run and `resume` is "never"; says what to do.
         DataError: if a file cannot be read; names it; the state before it is saved.
         CheckpointError: if `last.pt` is damaged or belongs to another model.
         SettingsError: if a setting cannot work.
     """
     _check(accumulate, validate_every, resume)
-    where = pick_device(device)
-    with lock_run(run_dir) as lock:
+    with (
+        nullcontext(ranks) if ranks is not None else join_ranks(device) as ranks,
+        lock_run(run_dir) if ranks.first else nullcontext() as lock,
+    ):
+        where = ranks.device(pick_device(device))
         session = Session(
             model,
             batches_per_epoch=len(train_loader),
@@ -122,28 +135,63 @@ def fit(
             device=where,
             dtype=pick_precision(where, precision),
             seed=seed,
+            ranks=ranks,
         )
         keeper = StateKeeper(Path(run_dir), session, save_every, keep_checkpoints)
         keeper.resume(resume)
-        probe, truths = _probe_dataset(train_loader.dataset, probe_images), None
-        # An epoch may be trained and not closed: stopped while it was validated.
-        while session.progress < 1 or session.batch:
-            with stop_requests() as stop:
-                _train_epoch(session, train_loader, keeper, lock, stop, progress)
-                scored = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
+        train_loader.batch_sampler.deal(ranks.rank, ranks.count)
+        if ranks.several:
+            val_loader.sampler.deal(ranks.rank, ranks.count)
+        examination = Examination(val_loader.dataset, train_loader.dataset, probe_images)
+        with (
+            outcome_told(run_dir, session.epoch, writes=ranks.first),
+            closing(Forgiving(tracker if ranks.first else "none", Path(run_dir))) as tracked,
+        ):
+            show = progress and ranks.first
+            for summary in _epochs(
+                session, keeper, lock, train_loader, val_loader, examination, validate_every, show
+            ):
+                tracked.log(summary)
+                yield summary
+
+
+def _epochs(
+    session: Session,
+    keeper: StateKeeper,
+    lock: RunLock | None,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    examination: Examination,
+    validate_every: int,
+    show: bool,
+) -> Iterator[EpochSummary]:
+    """Train, validate and close one epoch after the other to the end of the run."""
+    ranks = session.ranks
+    # An epoch may be trained and not closed: stopped while it was validated.
+    while session.progress < 1 or session.batch:
+        with stop_requests() as stop:
+            _train_epoch(session, train_loader, keeper, lock, stop, show)
+            scored = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
+            validation = None
+            with told_of_reading():
                 if scored:
                     keeper.save()
-                    truths = truths or (dataset_truth(val_loader.dataset), dataset_truth(probe))
                     stop.at_once = keeper.interrupted
-                with told_of_reading():
-                    summary = _summarise(
-                        session, val_loader, probe, truths if scored else None, progress
+                    validation = validate(
+                        session.average.model,
+                        val_loader,
+                        seed=session.seed,
+                        dtype=session.dtype,
+                        progress=show,
+                        ranks=ranks,
                     )
-                stop.at_once = None
-                keeper.close_epoch(summary)
-                if stop.signum is not None:
-                    raise keeper.interrupted(stop.signum)
-            yield summary
+                summary = ranks.from_first(partial(examination.summarise, session, validation))
+            stop.at_once = None
+            keeper.close_epoch(summary)
+            asked = ranks.meet(True, stop.signum, session.seconds).signum
+            if asked is not None:
+                raise keeper.interrupted(asked)
+        yield summary
 
 
 def _check(accumulate: int, validate_every: int, resume: str) -> None:
@@ -159,11 +207,15 @@ def _train_epoch(
     session: Session,
     loader: DataLoader,
     keeper: StateKeeper,
-    lock: RunLock,
+    lock: RunLock | None,
     stop: StopRequest,
     show: bool,
 ) -> None:
-    """Train to the end of the epoch, from where it stands, or until the time is up."""
+    """Train to the end of the epoch, from where it stands, or until the time is up.
+
+    Before each step all ranks say whether they have their share of its images and whether a signal
+    has come, and take over the first one's clock: so they do, and stop after, the same steps.
+    """
     last = len(loader)
     if session.batch >= last or session.progress >= 1:
         return  # trained before it was interrupted, and not closed
@@ -179,34 +231,55 @@ def _train_epoch(
         leave=False,
     )
     with bar, told_of_reading(keeper.save):
-        clock, group = time.perf_counter(), []
-        for batch in _batches(loader, stop):
-            group.append(batch)
-            if len(group) < session.accumulate and session.batch + len(group) < last:
-                continue
+        clock = time.perf_counter()
+        groups = _groups(_batches(loader, stop), session.accumulate, last - session.batch)
+        while True:
+            group = next(groups, None)
+            with saved_if_failing(keeper):
+                meeting = session.ranks.meet(group is not None, stop.signum, session.seconds)
+            session.seconds = meeting.seconds
+            over = session.length.time_budget and session.progress >= 1
+            if not meeting.ready or meeting.signum is not None or over:
+                break
             with alarms_held_back(stop):
-                _step(session, group, keeper)
+                with saved_if_failing(keeper):
+                    session.train_step(group, _shares(session, group, loader))
                 bar.update(len(group))
-                group = []
                 clock = _count_time(session, clock)
                 bar.set_postfix_str(_time_left(session), refresh=False)
-                lock.sign_of_life()
-                if stop.signum is not None:
-                    break
-                keeper.save_if_due()
-            if session.length.time_budget and session.progress >= 1:
-                break
-    if stop.signum is not None:
+                if lock is not None:
+                    lock.sign_of_life()
+                if stop.signum is None:
+                    keeper.save_if_due()
+    if meeting.signum is not None:
         keeper.save()
-        raise keeper.interrupted(stop.signum)
+        raise keeper.interrupted(meeting.signum)
 
 
-def _step(session: Session, group: list[Batch], keeper: StateKeeper) -> None:
-    """Make one step; where it cannot be made, save the state before it."""
+def _groups(batches: Iterator[Batch], size: int, left: int) -> Iterator[list[Batch]]:
+    """Yield the batches of each step; the last step of an epoch takes those that are left."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        left -= 1
+        if len(group) == size or left == 0:
+            yield group
+            group = []
+
+
+def _shares(session: Session, group: list[Batch], loader: DataLoader) -> list[Share]:
+    """Return how much of each batch of the next step is this process's."""
+    return [loader.batch_sampler.share(session.batch + k) for k in range(len(group))]
+
+
+@contextmanager
+def saved_if_failing(keeper: StateKeeper) -> Iterator[None]:
+    """Save the state before a step that cannot be made, here or by another rank."""
     try:
-        session.train_step(group)
+        yield
     except TrainingError:
-        keeper.save()
+        with keeper.session.ranks.rescuing(keeper.session.device):
+            keeper.save()
         raise
 
 
@@ -260,67 +333,3 @@ def _time_left(session: Session) -> str:
     if not done:
         return ""
     return f"run: {tqdm.format_interval(session.seconds * (1 / done - 1))} left"
-
-
-def _summarise(
-    session: Session,
-    val_loader: DataLoader,
-    probe: Any,
-    truths: tuple[Any, Any] | None,
-    show: bool,
-) -> EpochSummary:
-    """Return the summary of the epoch just trained, validated if truths are given."""
-    validation, scores, probe_ap50 = Validation({}, []), None, None
-    averaged = session.average.model
-    if truths is not None:
-        validation = validate(
-            averaged, val_loader, seed=session.seed, dtype=session.dtype, progress=show
-        )
-        scores = score_records(truths[0], validation.records)
-        with autocast(session.device, session.dtype):
-            records = predict_images(
-                averaged, SampleImages(probe), score_threshold=0.0, progress=False
-            )
-        probe_ap50 = score_records(truths[1], records).ap50
-    train, val = session.mean_losses, validation.losses
-    return EpochSummary(
-        epoch=session.epoch + 1,
-        step=session.step,
-        learning_rate=session.optimiser.param_groups[0]["lr"],
-        train_loss=sum(train.values()),
-        val_loss=sum(val.values()) if val else None,
-        losses={"train": train, "val": val},
-        ap=scores and scores.ap,
-        ap50=scores and scores.ap50,
-        ap75=scores and scores.ap75,
-        ap50_100=scores and scores.ap50_100,
-        ap50_per_class=scores.ap50_per_class if scores else {},
-        train_ap50=probe_ap50,
-        seconds=session.epoch_seconds,
-        images_per_second=session.epoch_images / max(session.epoch_seconds, 1e-9),
-        peak_memory_mb=peak_memory_mb(session.device),
-    )
-
-
-def _probe_dataset(dataset: Any, count: int) -> Any:
-    """Return a few training images, spread over the sorted ids, as they lie on disk."""
-    ids = dataset.sample_ids
-    count = min(count, len(ids))
-    chosen = [ids[index * len(ids) // count] for index in range(count)]
-    return dataset.subset(chosen)
-
-
-def peak_memory_mb(device: torch.device) -> float | None:
-    """Return the most memory that was in use so far, in MB: the GPU's, or this process's.
-
-    None where the system does not tell (Windows without a GPU).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-        import sys
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

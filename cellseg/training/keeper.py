@@ -19,7 +19,7 @@ LEFT_BY_A_KILL = (".*.pt.*.part", ".metrics.jsonl.*.part")  # of files that were
 
 
 class StateKeeper:
-    """Keeps a session's state in the run's folder."""
+    """Keeps a session's state in the run's folder; of several processes only the first writes."""
 
     def __init__(
         self, run_dir: Path, session: Session, save_every: float, keep_checkpoints: int
@@ -28,6 +28,7 @@ class StateKeeper:
         self.run_dir, self.session = run_dir, session
         self.save_every, self.keep = save_every, keep_checkpoints
         self.saved_at = time.monotonic()
+        self.writes = session.ranks.first
 
     def _about(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says about its model."""
@@ -39,6 +40,8 @@ class StateKeeper:
 
     def save(self) -> None:
         """Save the state as it is."""
+        if not self.writes:
+            return
         with told_as_full(self.run_dir):
             save_state(self.run_dir, self._about() | self.session.state())
         self.saved_at = time.monotonic()
@@ -51,8 +54,21 @@ class StateKeeper:
     def resume(self, how: str) -> None:
         """Take up the state in the run's folder, or save the first one if there is none.
 
-        What a killed process left half-written is removed.
+        What a killed process left half-written is removed. Several processes take up the same.
         """
+        ranks, session = self.session.ranks, self.session
+        ranks.from_first(lambda: self._resume(how))
+        if not ranks.first and (state := load_state(self.run_dir)) is not None:
+            session.load(state)
+        place = ranks.from_first(lambda: (session.epoch, session.batch, session.step))
+        if place != (session.epoch, session.batch, session.step):
+            raise TrainingError(
+                f"{self.run_dir} holds another state here than for the first process; it must be "
+                "one folder that all machines share"
+            )
+
+    def _resume(self, how: str) -> None:
+        """Take up the state, and put the folder in order."""
         for pattern in LEFT_BY_A_KILL:
             for path in self.run_dir.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -76,6 +92,8 @@ class StateKeeper:
 
     def _write_history(self) -> None:
         """Write the closed epochs into `metrics.jsonl`."""
+        if not self.writes:
+            return
         with told_as_full(self.run_dir):
             write_history(self.run_dir, [EpochSummary(**row) for row in self.session.history])
 
@@ -84,18 +102,23 @@ class StateKeeper:
         session = self.session
         if summary.ap50 is not None and summary.ap50 > session.best_ap50:
             session.best_ap50 = summary.ap50
-            best = {"model": session.average.model.state_dict(), "epoch": summary.epoch}
-            with told_as_full(self.run_dir):
-                write_checkpoint(
-                    self.run_dir / "best.pt", self._about() | best | {"ap50": summary.ap50}
-                )
+            if self.writes:
+                self._write_best(summary)
         session.history.append(asdict(summary))
         session.epoch += 1
         session.begin_epoch()
         self._write_history()
         self.save()
-        if self.keep:
+        if self.keep and self.writes:
             self._keep_last()
+
+    def _write_best(self, summary: EpochSummary) -> None:
+        """Write the averaged weights as the best so far."""
+        best = {"model": self.session.average.model.state_dict(), "epoch": summary.epoch}
+        with told_as_full(self.run_dir):
+            write_checkpoint(
+                self.run_dir / "best.pt", self._about() | best | {"ap50": summary.ap50}
+            )
 
     def _keep_last(self) -> None:
         """Keep this epoch's state under its number, and no more than asked for."""

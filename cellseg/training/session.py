@@ -7,7 +7,7 @@ for bit as if it had not been interrupted.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +16,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cellseg.errors import CheckpointError, TrainingError
 from cellseg.training.averaging import WeightAverage
+from cellseg.training.distributed import ALONE, Ranks, told_if_lost
 from cellseg.training.generators import generator_states, restore_generators
 from cellseg.training.precision import autocast
 from cellseg.training.schedule import Length, learning_rate_share
 from cellseg.training.validation import forked_seed, to_device
 
 SEED_STRIDE = 1_000_003  # keeps the draws of (seed, step) apart for neighbouring seeds
+RANK_STRIDE = 15_485_863  # and those of the ranks of one step
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which training stops
 
 Batch = tuple[Sequence[Tensor], Sequence[dict[str, Any]]]
+Share = tuple[int, int]  # images of a batch that this process has, and that all have together
 
 
 class Session:
@@ -38,6 +41,7 @@ class Session:
         best_ap50: the best validation so far; -1 before the first.
         history: the summaries of the closed epochs, as plain dicts.
         average: the trailing average of the weights.
+        ranks: the processes that take each step together; all of them hold the same.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class Session:
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Start at step 0; for the arguments see `fit`."""
         self.model = model.to(device)
+        self.ranks, self.network = ranks, ranks.wrap(self.model)
         self.device, self.dtype, self.length, self.seed = device, dtype, length, seed
         self.learning_rate, self.warmup, self.clip_norm = learning_rate, warmup, clip_norm
         self.accumulate, self.batches_per_epoch = accumulate, batches_per_epoch
@@ -95,8 +101,12 @@ class Session:
         count = max(self.summed_batches, 1)
         return {name: float(value) / count for name, value in self.loss_sums.items()}
 
-    def train_step(self, group: Sequence[Batch]) -> None:
+    def train_step(self, group: Sequence[Batch], shares: Sequence[Share] | None = None) -> None:
         """Change the weights once by the gradients of a group of batches.
+
+        Several processes give the gradient of the mean over all images of a batch: each weighs
+        its loss by its share. It is the gradient of the whole batch as far as the model's losses
+        are means over images; those over cells (masks) are so within a process only.
 
         A loss or gradient that is not finite changes nothing; after `MAX_SKIPPED` in a row, or a
         whole epoch of them, training stops. Where memory runs out, the batches are cut into
@@ -110,7 +120,9 @@ class Session:
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
         with self._norms_kept_if_not_finite() as outcome:
-            losses = self._add_gradients_within_memory(group)
+            shares = shares or [(len(images), len(images)) for images, _ in group]
+            losses = self._add_gradients_within_memory(group, shares)
+            self._meet_other_ranks(losses, shares)
             outcome["finite"] = finite = self._change_weights(losses)
         ids = [target["image_id"] for _, targets in group for target in targets]
         if finite:
@@ -122,7 +134,7 @@ class Session:
             self.skipped.append(ids)
         self.step += 1
         self.batch += len(group)
-        self.epoch_images += len(ids)
+        self.epoch_images += sum(whole for _, whole in shares)
         if not finite:
             self._tell_of_skipped(losses)
 
@@ -146,11 +158,33 @@ class Session:
             "these images"
         )
 
-    def _add_gradients_within_memory(self, group: Sequence[Batch]) -> dict[str, Tensor]:
+    def _meet_other_ranks(self, losses: dict[str, Tensor], shares: Sequence[Share]) -> None:
+        """Add up the losses of all ranks, average the statistics of trained norms."""
+        if not self.ranks.several:
+            return
+        weight = sum(mine for mine, _ in shares) / sum(whole for _, whole in shares)
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
+        for buffer in buffers:
+            buffer.mul_(weight)
+        if self.device.type == "cuda":
+            self.ranks.confirm()
+        self.ranks.add_up([*losses.values(), *buffers])
+
+    def _add_gradients_within_memory(
+        self, group: Sequence[Batch], shares: Sequence[Share]
+    ) -> dict[str, Tensor]:
         """Return the losses of a group, its gradients added up; smaller pieces if memory ends."""
         before = self.micro_batches
         largest = max(len(images) for images, _ in group)
-        while (losses := self._gradients_or_none(group)) is None:
+        while (losses := self._gradients_or_none(group, shares)) is None:
+            if self.ranks.several and self.micro_batches < largest:
+                fits = self.ranks.count * math.ceil(largest / self.micro_batches / 2)
+                raise TrainingError(
+                    f"out of memory with {math.ceil(largest / self.micro_batches)} images in a "
+                    f"process; batch_size={fits} may fit ({self.ranks.count} processes share a "
+                    "batch, and cannot cut it smaller each for itself)"
+                )
             if self.micro_batches >= largest:
                 self.micro_batches = before
                 raise TrainingError(
@@ -162,10 +196,13 @@ class Session:
             self._tell_of_cut(largest, before)
         return losses
 
-    def _gradients_or_none(self, group: Sequence[Batch]) -> dict[str, Tensor] | None:
+    def _gradients_or_none(
+        self, group: Sequence[Batch], shares: Sequence[Share]
+    ) -> dict[str, Tensor] | None:
         """Add the gradients of a group, or leave none of them and return None: memory ran out."""
         try:
-            return self._add_gradients(group)
+            with told_if_lost() if self.ranks.several else nullcontext():
+                return self._add_gradients(group, shares)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not _is_out_of_memory(error):
                 raise
@@ -191,21 +228,29 @@ class Session:
             stacklevel=4,
         )
 
-    def _add_gradients(self, group: Sequence[Batch]) -> dict[str, Tensor]:
-        """Add the gradients of a group of batches; return the sums of their losses."""
+    def _add_gradients(self, group: Sequence[Batch], shares: Sequence[Share]) -> dict[str, Tensor]:
+        """Add the gradients of a group of batches; return the sums of their losses.
+
+        With the last piece the gradients of all ranks are averaged: hence the factor.
+        """
         sums: dict[str, Tensor] = {}
+        ranks = self.ranks
         for number, (images, targets) in enumerate(group):
+            mine, whole = shares[number]
             seed = self.seed * SEED_STRIDE + self.epoch * self.batches_per_epoch + self.batch
             size = math.ceil(len(images) / self.micro_batches)
-            with forked_seed(seed + number + 1, self.device):
+            with forked_seed(seed + number + 1 + ranks.rank * RANK_STRIDE, self.device):
                 for first in range(0, len(images), size):
                     part = slice(first, first + size)
                     moved = to_device(images[part], targets[part], self.device)
-                    with autocast(self.device, self.dtype):
-                        losses = self.model(*moved)
-                        loss = sum(losses.values())
-                    share = len(moved[0]) / len(images)
-                    self.scaler.scale(loss * (share / self.accumulate)).backward()
+                    share = len(moved[0]) / len(images) * (mine / whole)
+                    last = number == len(group) - 1 and first + size >= len(images)
+                    with ranks.exchanging(self.network, last):
+                        with autocast(self.device, self.dtype):
+                            losses = self.network(*moved)
+                            loss = sum(losses.values())
+                        weight = share * ranks.count / self.accumulate
+                        self.scaler.scale(loss * weight).backward()
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0.0) + value.detach() * share
         return sums
