@@ -1,8 +1,10 @@
 """Training: the loop, the run's folder, and checkpoints."""
 
 from cellseg.training.checkpoint import load_model, read_checkpoint
+from cellseg.training.distributed import join_ranks
 from cellseg.training.fit import fit
 from cellseg.training.interruption import TrainingInterrupted
+from cellseg.training.launch import launch
 from cellseg.training.precision import pick_device
 from cellseg.training.run import (
     EpochSummary,
@@ -18,6 +20,8 @@ __all__ = [
     "Run",
     "TrainingInterrupted",
     "fit",
+    "join_ranks",
+    "launch",
     "load_model",
     "open_run",
     "pick_device",

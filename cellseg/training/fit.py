@@ -252,7 +252,7 @@ def _train_epoch(
                 if stop.signum is None:
                     keeper.save_if_due()
     if meeting.signum is not None:
-        keeper.save()
+        session.ranks.from_first(keeper.save)  # the others wait: the launcher ends all with one
         raise keeper.interrupted(meeting.signum)
 
 
