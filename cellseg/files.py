@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cellseg.errors import DataError
+
+# What starts HTML, code, emphasis, a formula, a cell of a table, a new line or a link's address.
+_SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\](?=[(\[:])")
 
 
 @contextmanager
@@ -100,3 +104,14 @@ def digest_files(paths: Iterable[str | Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text, such as a file's name, that Markdown shows as it is, in a table as well."""
+    return _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
+
+
+def markdown_code(text: str) -> str:
+    """Return a text as code in Markdown, whatever characters it has."""
+    escaped = escape_markdown(text)
+    return f"`{text}`" if escaped == text else f"<code>{escaped}</code>"

@@ -17,6 +17,14 @@ MAX_THREADS = 4
 THREADED_SIZE = 1_000_000
 """Compressed TIFFs of at least so many values are decoded in up to `MAX_THREADS` threads."""
 
+MAX_CHANNELS = 4
+
+# What tifffile and imagecodecs raise for damaged files; the codecs' own are RuntimeErrors.
+CODEC_ERRORS = (
+    tifffile.TiffFileError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, AssertionError, EOFError, OSError, MemoryError, struct.error,
+)  # fmt: skip
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3
 _TIFF_PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "YCBCR"}
@@ -67,7 +75,7 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
         raise DataError(f"{path} is a palette image; save it as grey or RGB")
     try:
         return imagecodecs.png_decode(path.read_bytes())
-    except Exception as error:  # whatever a damaged file makes the codec raise
+    except CODEC_ERRORS as error:
         raise _damaged(path, error) from error
 
 
@@ -89,7 +97,7 @@ def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
             planar = page.axes == "SYX"
     except DataError:
         raise
-    except Exception as error:  # whatever a damaged file makes the codec raise
+    except CODEC_ERRORS as error:
         raise _damaged(path, error) from error
     if invert and pixels.dtype.kind == "u":
         pixels = ~pixels
@@ -114,6 +122,8 @@ def _check_page(path: Path, page: tifffile.TiffPage, file_size: int, max_pixels:
     photometric = getattr(page.photometric, "name", str(page.photometric))
     if photometric not in _TIFF_PHOTOMETRICS:
         raise DataError(f"{path} stores its colours as {photometric}; save it as grey or RGB")
+    if page.samplesperpixel > MAX_CHANNELS:
+        raise DataError(f"{path} has {page.samplesperpixel} channels; save it as grey, RGB or RGBA")
     if page.axes not in ("YX", "YXS", "SYX"):
         raise DataError(f"{path} has the axes {page.axes} instead of YX or YXS; save it as 2-D")
     ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
