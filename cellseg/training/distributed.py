@@ -9,6 +9,7 @@ A rank that fails says why and ends. The others notice by its closed connection:
 state of the last good step, and all end.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,10 @@ from cellseg.training.precision import pick_device
 STEP_PATIENCE = timedelta(minutes=10)  # for a rank that hangs; one that dies is noticed at once
 WORK_PATIENCE = timedelta(days=1)  # for what the first rank does alone: counting, scoring
 LOST = "another process of this run ended or hangs; its own error stands above"
+# What keeps DDP from copying buffers in each forward pass; renamed in torch 2.14.
+_BUFFERS = "forward_sync_buffers"
+if _BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _BUFFERS = "broadcast_buffers"
 
 Value = TypeVar("Value")
 
@@ -93,8 +98,8 @@ class Ranks:
             return DistributedDataParallel(
                 model,
                 process_group=self.steps,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **{_BUFFERS: False},
             )
 
     @contextmanager
