@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellseg.errors import CellsegError, SettingsError
+from cellseg.files import read_text
 
 if TYPE_CHECKING:
     from cellseg.data import CellDataset
@@ -372,6 +373,6 @@ def _read_ids(ids: str | None) -> list[str] | None:
     """Return ids given with commas between, or one a line in a file."""
     if ids is None:
         return None
-    path = Path(ids)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ids.replace(",", "\n")
+    # A long list is no name of a file: the system refuses to look for it, which isfile forgives.
+    text = read_text(ids) if os.path.isfile(ids) else ids.replace(",", "\n")
     return [line.strip() for line in text.splitlines() if line.strip()]

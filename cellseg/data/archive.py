@@ -115,7 +115,8 @@ def _told_as_damage(archive: Path) -> Iterator[None]:
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{archive} cannot be unpacked: {error}") from error
-        text = f"{archive} is truncated or damaged ({error}); download it again"
+        reason = " ".join(str(error).split())
+        text = f"{archive} is truncated or damaged ({reason}); download it again"
         raise DataError(text) from error
 
 

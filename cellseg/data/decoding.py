@@ -93,6 +93,8 @@ def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
             page = tiff.pages[0]
             _check_page(path, page, tiff.filehandle.size, max_pixels)
             pixels = _mapped(path, page) if page.is_memmappable else _decoded(page)
+            if pixels.shape != page.shape:
+                raise _damaged(path, f"{pixels.size} values instead of {page.size}")
             invert = invert_white and page.photometric.name == "MINISWHITE"
             planar = page.axes == "SYX"
     except DataError:

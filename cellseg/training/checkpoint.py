@@ -4,6 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ FORMAT = 2  # 1 had no digest
 MARK = "cellseg checkpoint"
 STATE_NAME = "last.pt"
 PREVIOUS_NAME = "previous.pt"
-MAX_DEPTH, MAX_VALUES = 50, 20_000_000  # of what a digest is taken; ours stay far below
+MAX_DEPTH, MAX_VALUES = 20, 5_000_000  # of what a digest is taken; ours stay far below
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -88,31 +89,31 @@ def digest_of(value: Any) -> str:
             of the same list, many times over.
     """
     digest = hashlib.sha256()
-    left = MAX_VALUES
-    for part in _parts(value, MAX_DEPTH):
+    for part in _parts(value):
         digest.update(part)
-        left -= 1
-        if not left:
-            raise ValueError(f"more than {MAX_VALUES} values")
     return digest.hexdigest()
 
 
-def _parts(value: Any, depth: int) -> Iterator[Any]:
+def _parts(tree: Any) -> Iterator[Any]:
     """Yield a tree as bytes, with marks that keep different trees apart."""
-    if isinstance(value, dict | list | tuple):
-        if not depth:
-            raise ValueError(f"deeper than {MAX_DEPTH} levels")
-        pairs = isinstance(value, dict)
-        yield b"%b%d" % (b"{" if pairs else b"[", len(value))
-        for item in value.items() if pairs else value:
-            yield from _parts(item, depth - 1)
-    elif isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError("a tensor that is not stored whole")
-        yield f"t{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    else:
-        yield f"{type(value).__name__}{value!r}".encode()
+    left, waiting = MAX_VALUES, [(tree, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list | tuple):
+            pairs = isinstance(value, dict)
+            yield b"%b%d" % (b"{" if pairs else b"[", len(value))
+            left -= len(value)
+            if left < 0 or depth == MAX_DEPTH:
+                raise ValueError(f"more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+            items = list(chain.from_iterable(value.items())) if pairs else value
+            waiting += [(item, depth + 1) for item in reversed(items)]
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError("a tensor that is not stored whole")
+            yield f"t{value.dtype}{tuple(value.shape)}".encode()
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        else:
+            yield f"{type(value).__name__}{value!r}".encode()
 
 
 def save_state(run_dir: str | Path, content: dict[str, Any]) -> None:
