@@ -1,6 +1,7 @@
 # make run: everything from installation to the executed notebook.  make help: all targets.
 PYTHON ?= python3
 RUN ?=
+TIMES ?= 20
 
 ifeq ($(OS),Windows_NT)
 PY := .venv/Scripts/python
@@ -10,7 +11,7 @@ endif
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint bench report
+.PHONY: help run test test-fast chaos fuzz lint bench report
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +32,12 @@ test: $(STAMP) ## run all tests
 
 test-fast: $(STAMP) ## run the tests that take no more than a few seconds each
 	$(PY) -m pytest -m "not slow"
+
+chaos: $(STAMP) ## cause every fault that a run must survive; about ten minutes
+	@$(PY) tests/chaos.py
+
+fuzz: $(STAMP) ## try many more broken and hostile files than the tests do: make fuzz TIMES=50
+	CELLSEG_FUZZ=$(TIMES) $(PY) -m pytest tests/test_fuzz.py
 
 lint: $(STAMP) ## check style and format, the notebook included
 	$(PY) -m ruff check .

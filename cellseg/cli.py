@@ -1,14 +1,21 @@
 """The command line: `python -m cellseg <command>`, made from the functions the notebook calls."""
 
 import json
+import os
 import sys
+import traceback
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cellseg.errors import CellsegError, SettingsError
+from cellseg.files import read_text
+
+if TYPE_CHECKING:
+    from cellseg.data import CellDataset
 
 app = typer.Typer(
     help="Segment cells with Mask R-CNN, from annotated images to a checked result file.",
@@ -101,69 +108,110 @@ def train(
     class_names: Names = DEFAULT_NAMES,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    on_change: Annotated[
+        str, typer.Option(help="If that run has other settings: refuse or continue.")
+    ] = "refuse",
+    save_minutes: Annotated[float, typer.Option(help="Save within an epoch, too, so often.")] = 10,
+    keep_checkpoints: Annotated[int, typer.Option(help="Epochs' states to keep besides.")] = 0,
+    tracker: Annotated[str, typer.Option(help="none or tensorboard.")] = "none",
     workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
     cache: Annotated[bool, typer.Option(help="Decode each sample once, beside the runs.")] = True,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Train a model; run again to go on. Give --epochs or --minutes."""
+    """Train a model; run again to go on. Give --epochs or --minutes.
+
+    On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
+
+    Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
+    after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
+    """
     from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
     from cellseg.models import BUILDERS
-    from cellseg.training import fit, open_run
+    from cellseg.training import TrainingInterrupted, fit, join_ranks, open_run
 
     if epochs is None and minutes is None:
         raise SettingsError("give --epochs or --minutes, so that the run has an end")
-    dataset = CellDataset(
-        train_dir,
-        class_names=_split(class_names),
-        seed=seed,
-        cache_dir=runs_dir / "cache" if cache else None,
-    )
-    counts = {sid: dataset.class_counts(i) for i, sid in enumerate(dataset.sample_ids)}
-    chosen = _read_ids(val_ids)
-    train_ids, held_ids = split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=chosen)
-    train_data = dataset.subset(train_ids, transform=TrainTransform(crop_size=crop_size))
-    val_data = dataset.subset(held_ids)
-    model = BUILDERS[f"get_model_{backbone}"](
-        dataset.num_classes,
-        weights=None if weights == "none" else weights,
-        image_scale=image_scale,
-        fpn_channels=fpn_channels,
-        head_width=head_width,
-        rois_per_image=rois_per_image,
-        proposals=proposals,
-        seed=seed,
-    )
-    schedule = {
-        "epochs": epochs,
-        "time_budget": minutes and minutes * 60,
-        "learning_rate": learning_rate,
-        "validate_every": validate_every,
-        "precision": precision,
-    }
-    crops = {
-        "batch_size": batch_size,
-        "crop_size": crop_size,
-        "draws_per_image": draws_per_image,
-    }
-    run = open_run(
-        runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed, name=name
-    )
-    typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
-    train_loader, val_loader = make_loaders(
-        train_data,
-        val_data,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        draws_per_image=draws_per_image,
-    )
-    for epoch in fit(
-        model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed, **schedule
-    ):
-        typer.echo(epoch.line())
-    typer.echo(f"run folder: {run.path}")
+    with join_ranks(device) as ranks:
+        dataset = CellDataset(
+            train_dir,
+            class_names=_split(class_names),
+            seed=seed,
+            cache_dir=runs_dir / "cache" if cache else None,
+        )
+        counts = ranks.from_first(partial(_count_cells, dataset))
+        chosen = _read_ids(val_ids)
+        train_ids, held_ids = split_ids(
+            counts, val_fraction=val_fraction, seed=seed, val_ids=chosen
+        )
+        train_data = dataset.subset(train_ids, transform=TrainTransform(crop_size=crop_size))
+        val_data = dataset.subset(held_ids)
+        model = BUILDERS[f"get_model_{backbone}"](
+            dataset.num_classes,
+            weights=None if weights == "none" else weights,
+            image_scale=image_scale,
+            fpn_channels=fpn_channels,
+            head_width=head_width,
+            rois_per_image=rois_per_image,
+            proposals=proposals,
+            seed=seed,
+        )
+        schedule = {
+            "epochs": epochs,
+            "time_budget": minutes and minutes * 60,
+            "learning_rate": learning_rate,
+            "validate_every": validate_every,
+            "precision": precision,
+        }
+        crops = {
+            "batch_size": batch_size,
+            "crop_size": crop_size,
+            "draws_per_image": draws_per_image,
+        }
+        open_it = partial(
+            open_run, runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed,
+            name=name, on_change=on_change,
+        )  # fmt: skip
+        run = ranks.from_first(open_it)
+        if ranks.first:
+            typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
+        train_loader, val_loader = make_loaders(
+            train_data,
+            val_data,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            draws_per_image=draws_per_image,
+        )
+        try:
+            for epoch in fit(
+                model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed,
+                save_every=save_minutes * 60, keep_checkpoints=keep_checkpoints, tracker=tracker,
+                ranks=ranks, **schedule,
+            ):  # fmt: skip
+                if ranks.first:
+                    typer.echo(epoch.line())
+        except TrainingInterrupted as interrupted:
+            if ranks.first:
+                typer.echo(str(interrupted), err=True)
+            raise typer.Exit(128 + interrupted.signum) from None
+        if ranks.first:
+            typer.echo(f"run folder: {run.path}")
+
+
+@app.command("train-launched", hidden=True)
+def train_launched(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that a notebook launched.")],
+) -> None:
+    """Do one process's part of a training that a notebook has launched."""
+    from cellseg.training import TrainingInterrupted
+    from cellseg.training.launch import train_launched
+
+    try:
+        train_launched(run_dir)
+    except TrainingInterrupted as interrupted:
+        raise typer.Exit(128 + interrupted.signum) from None
 
 
 @app.command()
@@ -295,11 +343,31 @@ def run_notebook(
 
 def main() -> None:
     """Run the command line; our own errors become one line and exit code 1."""
+    rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     try:
         app()
     except CellsegError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {error}" if rank is None else f"[rank {rank}] error: {error}", err=True)
+        _leave(rank)
+    except Exception:
+        if rank is None:
+            raise
+        traceback.print_exc()
+        _leave(rank)
+
+
+def _leave(rank: str | None) -> None:
+    """Exit with code 1; one process of several at once, so that the others notice and end."""
+    if rank is None:
         sys.exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _count_cells(dataset: "CellDataset") -> dict[str, list[int]]:
+    """Return the number of cells of each class in each sample."""
+    return {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -311,6 +379,6 @@ def _read_ids(ids: str | None) -> list[str] | None:
     """Return ids given with commas between, or one a line in a file."""
     if ids is None:
         return None
-    path = Path(ids)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ids.replace(",", "\n")
+    # A long list is no name of a file: the system refuses to look for it, which isfile forgives.
+    text = read_text(ids) if os.path.isfile(ids) else ids.replace(",", "\n")
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -10,7 +10,7 @@ Run-length encoding follows COCO: runs in column-major order, the first run is b
 """
 
 import json
-import math
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ Record = dict[str, Any]
 Rle = dict[str, Any]
 
 MAX_PIXELS = 2**31  # of one mask; run lengths beyond it overflow the codec's 32-bit counts
+MAX_NUMBER = 2**53  # of ids and coordinates; whole numbers beyond it are not exact in JSON
 FAULTS_SHOWN = 10
+LONGEST = 100  # characters of a value in a message
+_CUT = reprlib.Repr()
+_CUT.maxstring = _CUT.maxother = _CUT.maxlong = LONGEST
 
 
 def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
@@ -218,7 +222,7 @@ def read_records(
         records = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordsError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits
         reason = str(error).splitlines()[0]
         raise RecordsError(f"{path} is not a JSON result file: {reason}", [reason]) from None
     faults = check_records(
@@ -272,25 +276,37 @@ def _record_fault(
     if missing:
         return f"has no {', '.join(missing)}"
     image_id, category_id, score = record["image_id"], record["category_id"], record["score"]
-    if type(image_id) is not int or (image_ids is not None and image_id not in image_ids):
-        return f"unknown image_id {image_id!r}"
-    if type(category_id) is not int or (
-        category_ids is not None and category_id not in category_ids
+    if (
+        type(image_id) is not int
+        or abs(image_id) >= MAX_NUMBER
+        or (image_ids is not None and image_id not in image_ids)
     ):
-        return f"unknown category_id {category_id!r}"
-    if type(score) not in (int, float) or not math.isfinite(score) or not 0 <= score <= 1:
-        return f"score is {score!r}, not a number from 0 to 1"
+        return f"unknown image_id {_short(image_id)}"
+    if (
+        type(category_id) is not int
+        or abs(category_id) >= MAX_NUMBER
+        or (category_ids is not None and category_id not in category_ids)
+    ):
+        return f"unknown category_id {_short(category_id)}"
+    if type(score) not in (int, float) or not 0 <= score <= 1:  # NaN is neither
+        return f"score is {_short(score)}, not a number from 0 to 1"
     return _box_fault(record.get("bbox")) or _segmentation_fault(
         record.get("segmentation"), (image_sizes or {}).get(image_id)
     )
 
 
+def _short(value: Any) -> str:
+    """Return a value as it may stand in a message: cut where it is long, or nested deeply."""
+    text = _CUT.repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def _box_fault(box: Any) -> str | None:
     """Return what is wrong with a bbox, the form of which is [x, y, width, height]."""
     if not isinstance(box, list) or len(box) != 4:
-        return f"bbox is {box!r}, not [x, y, width, height]"
-    if not all(type(side) in (int, float) and math.isfinite(side) for side in box):
-        return f"bbox is {box!r}, not four finite numbers"
+        return f"bbox is {_short(box)}, not [x, y, width, height]"
+    if not all(type(side) in (int, float) and abs(side) < MAX_NUMBER for side in box):
+        return f"bbox is {_short(box)}, not four finite numbers"
     return None
 
 
@@ -300,9 +316,9 @@ def _segmentation_fault(rle: Any, image_size: tuple[int, int] | None) -> str | N
         return "segmentation is not an RLE {size, counts} with counts as text"
     size = rle.get("size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(s) is int for s in size):
-        return f"segmentation size is {size!r}, not [height, width]"
+        return f"segmentation size is {_short(size)}, not [height, width]"
     if min(size) < 1 or size[0] * size[1] >= MAX_PIXELS:
-        return f"segmentation size {size} is out of range"
+        return f"segmentation size {_short(size)} is out of range"
     if image_size is not None and tuple(size) != tuple(image_size):
         return f"segmentation size {size} differs from the image's {list(image_size)}"
     return None

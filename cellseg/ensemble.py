@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cellseg.coco import FAULTS_SHOWN, Record, read_records, rle_to_xywh
 from cellseg.errors import RecordsError, SettingsError
+from cellseg.files import escape_markdown, markdown_code
 from cellseg.inference.merging import fuse, suppress
 
 
@@ -42,7 +43,7 @@ class EnsembleResult:
         lines = [f"{_count(number, 'file')} merged into {_count(merged, 'record')}.", ""]
         lines += ["| file | records | weight |", "|---|---:|---:|"]
         lines += [
-            f"| `{member.path.name}` | {len(member.records):,} | {member.weight:g} |"
+            f"| {markdown_code(member.path.name)} | {len(member.records):,} | {member.weight:g} |"
             for member in self.members
         ]
         for file in self.left_out:
@@ -53,8 +54,10 @@ class EnsembleResult:
 def _left_out_lines(file: LeftOut) -> list[str]:
     """Return the markdown lines that name a file left out and its first faults."""
     number = len(file.faults)
-    lines = [f"**Left out: `{file.path.name}`, {_count(number, 'fault')}**", ""]
-    lines += [f"- {' '.join(fault.split())}" for fault in file.faults[:FAULTS_SHOWN]]
+    lines = [f"**Left out: {markdown_code(file.path.name)}, {_count(number, 'fault')}**", ""]
+    lines += [
+        f"- {escape_markdown(' '.join(fault.split()))}" for fault in file.faults[:FAULTS_SHOWN]
+    ]
     if number > FAULTS_SHOWN:
         lines.append(f"- and {number - FAULTS_SHOWN:,} more")
     return lines

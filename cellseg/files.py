@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cellseg.errors import DataError
+
+# What starts HTML, code, emphasis, a formula, a cell of a table, a new line or a link's address.
+_SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\](?=[(\[:])")
 
 
 @contextmanager
@@ -62,18 +66,34 @@ def read_json(path: str | Path) -> Any:
         DataError: if the file is missing or is not JSON; names the file and the place.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}); write it anew"
         ) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{path} holds a number that cannot be ({error})") from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to be one of ours; write it anew") from None
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file.
+
+    Raises:
+        DataError: if the file is missing, cannot be opened, or is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check the file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
 
 def digest_files(paths: Iterable[str | Path]) -> str:
@@ -84,3 +104,14 @@ def digest_files(paths: Iterable[str | Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text, such as a file's name, that Markdown shows as it is, in a table as well."""
+    return _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
+
+
+def markdown_code(text: str) -> str:
+    """Return a text as code in Markdown, whatever characters it has."""
+    escaped = escape_markdown(text)
+    return f"`{text}`" if escaped == text else f"<code>{escaped}</code>"

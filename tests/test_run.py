@@ -94,10 +94,10 @@ def test_the_run_is_found_with_data_and_weights_in_another_place(dataset, tmp_pa
 
 
 OTHERS = [
-    ("another network", {"model": tiny_model(proposals=9)}, "arguments.proposals"),
-    ("another length", {"recipe": RECIPE | {"epochs": 9}}, "recipe.epochs"),
-    ("one more setting", {"recipe": RECIPE | {"crop": 96}}, "recipe.crop"),
-    ("another seed", {"seed": 1}, "seed"),
+    ("another network", {"model": tiny_model(proposals=9)}, "arguments.proposals 50 -> 9"),
+    ("another length", {"recipe": RECIPE | {"epochs": 9}}, "recipe.epochs 3 -> 9"),
+    ("one more setting", {"recipe": RECIPE | {"crop": 96}}, "recipe.crop None -> 96"),
+    ("another seed", {"seed": 1}, "seed 0 -> 1"),
     ("other training images", {"train_ids": "a"}, "data, train_ids"),
 ]
 

@@ -10,9 +10,9 @@ from torch import nn
 from cellseg.errors import SettingsError
 from cellseg.training import pick_device
 from cellseg.training.averaging import WeightAverage
-from cellseg.training.fit import split_by_decay
 from cellseg.training.precision import autocast, pick_precision
 from cellseg.training.schedule import Length, learning_rate_share
+from cellseg.training.session import split_by_decay
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -1,7 +1,9 @@
 """Archives unpacked with distrust: looked through first, refused whole if anything is wrong."""
 
+import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -15,6 +17,34 @@ from cellseg.errors import DataError
 
 MAX_BYTES = 40 * 10**9
 MAX_FILES = 200_000
+
+
+# What the standard library raises for archives that are cut short or damaged.
+DAMAGE = (
+    EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
+    NotImplementedError, ValueError, LookupError, ArithmeticError, struct.error,
+)  # fmt: skip
+
+
+class _CheckedHeader(tarfile.TarInfo):
+    """A member's header; one that is damaged is an error, and not the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_CheckedHeader":
+        """Read a header.
+
+        Raises:
+            tarfile.ReadError: if it is damaged or its size is negative, which leads backwards.
+        """
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if any(buf) or len(buf) not in (0, tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"a damaged header: {error}") from error
+            raise
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        return header
 
 
 @dataclass(frozen=True)
@@ -38,7 +68,7 @@ def is_archive(path: str | Path) -> bool:
     path = Path(path)
     try:
         return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
-    except (EOFError, OSError, zlib.error):
+    except DAMAGE:
         return False
 
 
@@ -71,7 +101,7 @@ def unpack(
                 for entry in entries:
                     file.extract(entry.member, folder)
         else:
-            with tarfile.open(archive) as file:
+            with tarfile.open(archive, tarinfo=_CheckedHeader) as file:
                 entries = _accept(archive, _tar_entries(file), folder, max_bytes, max_files)
                 members = [entry.member for entry in entries]
                 file.extractall(folder, members, filter="data")
@@ -80,17 +110,14 @@ def unpack(
 @contextmanager
 def _told_as_damage(archive: Path) -> Iterator[None]:
     """Turn the many ways in which a cut or damaged archive fails into one error."""
-    damage = (EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
     try:
         yield
-    except damage as error:
-        text = f"{archive} is truncated or damaged ({error}); download it again"
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{archive} cannot be unpacked: {error}") from error
+        reason = " ".join(str(error).split())
+        text = f"{archive} is truncated or damaged ({reason}); download it again"
         raise DataError(text) from error
-    except OSError as error:
-        if error.errno is None:  # gzip's own complaints carry no number
-            text = f"{archive} is truncated or damaged ({error}); download it again"
-            raise DataError(text) from error
-        raise DataError(f"{archive} cannot be unpacked: {error}") from error
 
 
 def _zip_entries(file: zipfile.ZipFile) -> Iterator[_Entry]:

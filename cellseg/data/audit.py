@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from cellseg.data.dataset import CellDataset
 from cellseg.data.reading import Instances, SampleFiles
+from cellseg.files import escape_markdown
 
 MIN_AREA = 10
 """Cells of fewer pixels are called fragments."""
@@ -125,7 +126,9 @@ class Audit:
             images = sum(row.cells[number - 1] > 0 for row in self.rows)
             low, middle, high = np.percentile(areas, (10, 50, 90)) if len(areas) else (None,) * 3
             spread = f"{middle:.0f} | {low:.0f}-{high:.0f}" if len(areas) else "- | -"
-            lines.append(f"| {number} | {name} | {len(areas)} | {images} | {spread} |")
+            lines.append(
+                f"| {number} | {escape_markdown(name)} | {len(areas)} | {images} | {spread} |"
+            )
         return "\n".join(lines)
 
     def _oddity_table(self, max_oddities: int) -> str:
@@ -134,7 +137,8 @@ class Audit:
             return "No oddities."
         lines = ["| file | oddity | detail |", "|---|---|---|"]
         for odd in self.oddities[:max_oddities]:
-            lines.append(f"| {odd.sample_id}/{odd.file} | {odd.kind} | {odd.detail} |")
+            file = escape_markdown(f"{odd.sample_id}/{odd.file}")
+            lines.append(f"| {file} | {odd.kind} | {escape_markdown(odd.detail)} |")
         if (rest := len(self.oddities) - max_oddities) > 0:
             lines.append(f"| ... | | and {rest} more |")
         return "\n".join(lines)

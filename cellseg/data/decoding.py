@@ -19,6 +19,14 @@ MAX_THREADS = 4
 THREADED_SIZE = 1_000_000
 """Compressed TIFFs of at least so many values are decoded in up to `MAX_THREADS` threads."""
 
+MAX_CHANNELS = 4
+
+# What tifffile and imagecodecs raise for damaged files; the codecs' own are RuntimeErrors.
+CODEC_ERRORS = (
+    tifffile.TiffFileError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, AssertionError, EOFError, OSError, MemoryError, struct.error,
+)  # fmt: skip
+
 _LIBTIFF = imagecodecs.TIFF.available  # missing from some builds
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3
@@ -96,7 +104,7 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
         raise DataError(f"{path} is a palette image; save it as grey or RGB")
     try:
         return imagecodecs.png_decode(path.read_bytes())
-    except Exception as error:  # whatever a damaged file makes the codec raise
+    except CODEC_ERRORS as error:
         raise _damaged(path, error) from error
 
 
@@ -117,7 +125,7 @@ def _only_page(path: Path, max_pixels: int) -> Iterator[tifffile.TiffPage]:
             yield page
     except DataError:
         raise
-    except Exception as error:  # whatever a damaged file makes the codec raise
+    except CODEC_ERRORS as error:
         raise _damaged(path, error) from error
 
 
@@ -125,6 +133,8 @@ def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     with _only_page(path, max_pixels) as page:
         pixels = _mapped(path, page) if page.is_memmappable else _decoded(path, page)
+        if pixels.shape != page.shape:
+            raise _damaged(path, f"{pixels.size} values instead of {page.size}")
         invert = invert_white and page.photometric.name == "MINISWHITE"
         planar = page.axes == "SYX"
     if invert and pixels.dtype.kind == "u":
@@ -145,7 +155,9 @@ def _decoded(path: Path, page: tifffile.TiffPage) -> np.ndarray:
     the page is large.
     """
     if page.compression.name == "LZW" and _LIBTIFF and page.bitspersample in (8, 16, 32, 64):
-        return imagecodecs.tiff_decode(path.read_bytes())
+        pixels = imagecodecs.tiff_decode(path.read_bytes())
+        if pixels.shape == page.shape:
+            return pixels
     threads = min(MAX_THREADS, os.cpu_count() or 1) if page.size >= THREADED_SIZE else 1
     return page.asarray(maxworkers=threads)
 
@@ -156,6 +168,8 @@ def _check_page(path: Path, page: tifffile.TiffPage, file_size: int, max_pixels:
     photometric = getattr(page.photometric, "name", str(page.photometric))
     if photometric not in _TIFF_PHOTOMETRICS:
         raise DataError(f"{path} stores its colours as {photometric}; save it as grey or RGB")
+    if page.samplesperpixel > MAX_CHANNELS:
+        raise DataError(f"{path} has {page.samplesperpixel} channels; save it as grey, RGB or RGBA")
     if page.axes not in ("YX", "YXS", "SYX"):
         raise DataError(f"{path} has the axes {page.axes} instead of YX or YXS; save it as 2-D")
     ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]

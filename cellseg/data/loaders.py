@@ -1,5 +1,7 @@
 """Batches for training and validation whose order is a function of (seed, epoch)."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -20,9 +22,16 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
     replacement. The last batch may be smaller; no image is lost. `draw` numbers the draws of an
     image within the epoch, so that each gets a crop of its own.
 
+    Where several processes train together, `deal` gives each its share of every batch: batches and
+    their number stay the same, and each key goes to one process. Shares differ by one key at most.
+    A process without a key in a batch smaller than the number of processes gets the batch's first
+    one, to keep step with the others; `share` says that it counts as nothing.
+
     Attributes:
         epoch: the epoch that the next iteration gives.
         start_batch: the batch of it to begin with.
+        rank: number of this process among those that share the batches.
+        ranks: number of these processes.
     """
 
     def __init__(
@@ -55,21 +64,33 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
         self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
         self.draws_per_image = draws_per_image
         self.set_epoch(0)
+        self.deal(0, 1)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration gives, and the batch to begin with."""
         self.epoch = epoch
         self.start_batch = start_batch
 
+    def deal(self, rank: int, ranks: int) -> None:
+        """Give only this process's share of each batch from the next iteration on."""
+        self.rank, self.ranks = rank, ranks
+
+    def share(self, batch: int) -> tuple[int, int]:
+        """Return how many keys of a batch are this process's, and how many it has in all."""
+        left = self.num_images * self.draws_per_image - batch * self.batch_size
+        whole = min(self.batch_size, left)
+        return len(range(self.rank, whole, self.ranks)), whole
+
     def __len__(self) -> int:
         """Return the batches of a whole epoch, wherever the next iteration begins."""
         return -(-self.num_images * self.draws_per_image // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        """Yield the epoch's batches from `start_batch` on."""
+        """Yield the epoch's batches from `start_batch` on, or this process's share of each."""
         keys = self._keys()
         for first in range(self.start_batch * self.batch_size, len(keys), self.batch_size):
-            yield keys[first : first + self.batch_size]
+            batch = keys[first : first + self.batch_size]
+            yield batch[self.rank :: self.ranks] or batch[:1]
 
     def _keys(self) -> list[tuple[int, int, int]]:
         """Return all keys of the epoch, in order."""
@@ -81,6 +102,27 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
             share = self.weights / self.weights.sum()
             draws, indices = np.arange(total), rng.choice(self.num_images, total, p=share)
         return [(int(i), self.epoch, int(d)) for i, d in zip(indices, draws, strict=True)]
+
+
+class OrderedSampler(Sampler[int]):
+    """Every image once, in order; where several processes share them, every so many-th."""
+
+    def __init__(self, num_images: int) -> None:
+        """Give all of them."""
+        self.num_images = num_images
+        self.deal(0, 1)
+
+    def deal(self, rank: int, ranks: int) -> None:
+        """Give images rank, rank + ranks, ... from the next iteration on."""
+        self.shared = range(rank, self.num_images, ranks)
+
+    def __len__(self) -> int:
+        """Return the number of images that are given."""
+        return len(self.shared)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield their indices."""
+        return iter(self.shared)
 
 
 def log_balanced_weights(class_counts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -125,7 +167,8 @@ def make_loaders(
     Args:
         train_dataset: training samples with their transform.
         val_dataset: validation samples, given one by one in order.
-        batch_size: images a training batch; the last one of an epoch may be smaller.
+        batch_size: images a training batch, of all processes together where several train; the
+            last batch of an epoch may be smaller.
         workers: processes that read ahead, 0 to read in this one. They stay alive between
             epochs and compute on one thread each.
         seed: of the order, 0 or more.
@@ -153,10 +196,25 @@ def make_loaders(
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "collate_fn": collate,
+        "worker_init_fn": _leave_interrupts_to_parent,
         "pin_memory": torch.cuda.is_available(),
     }
     train_loader = DataLoader(train_dataset, batch_sampler=batches, **options)
-    return train_loader, DataLoader(val_dataset, batch_size=1, **options)
+    in_order = OrderedSampler(len(val_dataset))
+    return train_loader, DataLoader(val_dataset, batch_size=1, sampler=in_order, **options)
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    """Let signals that reach every process of a job be handled by the one that trains.
+
+    SIGTERM is left to torch, whose workers end with the process that started them; a launcher
+    sends it to a whole group of processes, so workers leave the one they were started in.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, Any]]) -> tuple[list[torch.Tensor], list[Any]]:

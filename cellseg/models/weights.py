@@ -1,8 +1,12 @@
 """Pretrained weights: where they come from, what of them fits, and what to do without network."""
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -11,6 +15,14 @@ from torch import Tensor, nn
 from cellseg.errors import WeightsError
 
 UNIMPORTANT = "num_batches_tracked"  # not there with frozen norms, and not needed
+
+# What torch.load raises for files that are damaged, foreign, or would run code.
+LOAD_ERRORS = (
+    UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+    AssertionError, OverflowError, MemoryError, OSError, struct.error,
+)  # fmt: skip
+ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, zlib.error, *LOAD_ERRORS)
+SMALL_RECORD = 100_000_000  # bytes of the part that is interpreted; of tensors there may be more
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -26,11 +38,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; check the path in the settings")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged or unsafe files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = load_tensors(path)
+    except ValueError as error:
         raise WeightsError(
-            f"{path} cannot be read as weights ({reason}); save a state dict with torch.save"
+            f"{path} cannot be read as weights ({error}); save a state dict with torch.save"
         ) from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -41,6 +52,44 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ):
         raise WeightsError(f"{path} holds no state dict of tensors; save one with torch.save")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_tensors(path: Path) -> Any:
+    """Return the content of a file that torch.save wrote, on the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: if it is damaged, was not written by torch.save, or holds more than tensors
+            and plain values; says why, in one line.
+    """
+    fault = _zip_fault(path) if zipfile.is_zipfile(path) else None
+    if fault is not None:
+        raise ValueError(fault)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except LOAD_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(reason) from error
+
+
+def _zip_fault(path: Path) -> str | None:
+    """Return what is wrong with the zip that torch.save writes, before torch looks into it.
+
+    Tensors lie in it as they are: a compressed entry could unpack to any size, and one entry
+    could stand for many tensors. What is interpreted is held against its checksum.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return "its entries are compressed, as torch.save never does"
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                return "its entries claim more bytes than the file has"
+            for entry in entries:
+                if entry.filename.endswith(".pkl") and entry.file_size <= SMALL_RECORD:
+                    file.read(entry)
+    except ZIP_ERRORS as error:
+        return f"not a whole zip: {error}"
+    return None
 
 
 def download_weights(weights: object) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """Training: the loop, the run's folder, and checkpoints."""
 
 from cellseg.training.checkpoint import load_model, read_checkpoint
+from cellseg.training.distributed import join_ranks
 from cellseg.training.fit import fit
+from cellseg.training.interruption import TrainingInterrupted
+from cellseg.training.launch import launch
 from cellseg.training.precision import pick_device
 from cellseg.training.run import (
     EpochSummary,
@@ -15,7 +18,10 @@ from cellseg.training.validation import to_device, validate
 __all__ = [
     "EpochSummary",
     "Run",
+    "TrainingInterrupted",
     "fit",
+    "join_ranks",
+    "launch",
     "load_model",
     "open_run",
     "pick_device",

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import platform
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import nn
 import cellseg
 from cellseg.coco import Record, write_records
 from cellseg.data import CellDataset
-from cellseg.errors import TrainingError
+from cellseg.errors import DataError, SettingsError, TrainingError
 from cellseg.evaluation import Scores
-from cellseg.files import read_json, write_atomically
+from cellseg.files import read_json, read_text, write_atomically
 from cellseg.models import count_trainable_parameters
+from cellseg.training.lock import lock_run
 from cellseg.training.precision import pick_device
+
+NETWORK = ("builder", "arguments", "class_names")  # what weights fit
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,20 @@ class EpochSummary:
     seconds: float
     images_per_second: float
     peak_memory_mb: float | None
+
+    def checked(self) -> "EpochSummary":
+        """Return the summary itself.
+
+        Raises:
+            ValueError: if a value is not of the kind that its name says.
+        """
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            wanted = dict if "dict" in kind else int if field.type is int else int | float
+            missing = value is None and kind.endswith("| None")
+            if not missing and (not isinstance(value, wanted) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} is {reprlib.repr(value)}")
+        return self
 
     def line(self) -> str:
         """Return the epoch as one line of text."""
@@ -105,6 +123,7 @@ def open_run(
     seed: int = 0,
     name: str | None = None,
     sample_data: bool = False,
+    on_change: str = "refuse",
 ) -> Run:
     """Return the folder of this training run, new or as an earlier call left it.
 
@@ -120,10 +139,17 @@ def open_run(
         seed: of all draws.
         name: of the folder, instead of the default.
         sample_data: the data is made tissue; marks whatever is made from the run.
+        on_change: what to do if the folder of this name belongs to a run with another recipe,
+            other data or another seed: "refuse", or "continue" to go on with it, which is
+            written down under `changes` in its `settings.json`.
 
     Raises:
-        TrainingError: if the folder of this name belongs to a run with other settings.
+        TrainingError: if the folder of this name belongs to a run with other settings; names
+            them. Another model or other classes cannot go on in any case.
+        SettingsError: if `on_change` is neither.
     """
+    if on_change not in ("refuse", "continue"):
+        raise SettingsError(f"on_change={on_change!r}; use refuse or continue")
     described = _describe(model, train_dataset, val_dataset, recipe, seed, sample_data)
     settings = json.loads(json.dumps(described, default=str))  # as they will be read: lists
     identity = _digest(_identity(settings))
@@ -131,17 +157,58 @@ def open_run(
     name = name or f"{short}-{identity[:8]}"
     path = Path(runs_dir) / name
     settings = {"run_name": name, "identity": identity} | settings
-    if (path / "settings.json").exists():
-        stored = read_json(path / "settings.json")
-        if stored.get("identity") != identity:
-            changed = ", ".join(_differences(stored, settings)) or "its identity"
-            raise TrainingError(
-                f"{path} is a run with other settings ({changed}); choose another name for this "
-                "run, or remove that folder"
-            )
-        return Run(path, stored, len(read_history(path)))
-    write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
-    return Run(path, settings, 0)
+    stored = read_settings(path)
+    if not stored:
+        write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
+        return Run(path, settings, 0)
+    if stored.get("identity") != identity:
+        stored = _go_on_changed(path, stored, settings, on_change)
+    return Run(path, stored, len(read_history(path)))
+
+
+def _go_on_changed(
+    path: Path, stored: dict[str, Any], settings: dict[str, Any], on_change: str
+) -> dict[str, Any]:
+    """Write changed settings into a run's folder if that is wanted and can work."""
+    changed = _differences(stored, settings)
+    text = ", ".join(_difference_text(*entry) for entry in changed) or "its identity"
+    network = [name for name, *_ in changed if name.split(".")[0] in NETWORK]
+    if network or on_change == "refuse":
+        no_way = f"with another {network[0]} no run can go on" if network else ""
+        raise TrainingError(
+            f"{path} is a run with other settings ({text}); choose another name for this run, "
+            f"remove that folder, or {no_way or 'go on with it by on_change=' + repr('continue')}"
+        )
+    change = {
+        "time": settings["started"],
+        "epochs_done": len(read_history(path)),
+        "from": {name: old for name, old, _ in changed},
+        "to": {name: new for name, _, new in changed},
+    }
+    settings = settings | {
+        "started": stored.get("started"), "changes": [*stored.get("changes", []), change],
+    }  # fmt: skip
+    with lock_run(path):
+        write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
+    return settings
+
+
+def read_settings(run_dir: str | Path) -> dict[str, Any]:
+    """Return a run's settings; empty if there are none.
+
+    Raises:
+        DataError: if the file is no JSON object, or names no model and data as ours do.
+    """
+    path = Path(run_dir) / "settings.json"
+    if not path.exists():
+        return {}
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} holds a {type(settings).__name__}, not settings; remove it")
+    for key in ("model", "data"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise DataError(f"{path}: {key} is {reprlib.repr(settings[key])}; remove the file")
+    return settings
 
 
 def _describe(
@@ -190,28 +257,41 @@ def _describe(
 
 def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes a run this run: no paths, no device, no versions, no time."""
-    arguments = {k: v for k, v in settings["model"]["arguments"].items() if k != "weights"}
+    model = settings.get("model", {})
+    arguments = model.get("arguments")
+    if isinstance(arguments, dict):
+        arguments = {k: v for k, v in arguments.items() if k != "weights"}
     return {
-        "builder": settings["model"]["builder"],
+        "builder": model.get("builder"),
         "arguments": arguments,
-        "data": settings["data"]["fingerprint"],
+        "data": settings.get("data", {}).get("fingerprint"),
     } | {
-        key: settings[key]
+        key: settings.get(key)
         for key in ("provenance", "class_names", "train_ids", "val_ids", "recipe", "seed")
     }
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs between two runs' settings, down to single entries."""
+def _differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return (name, old, new) of what differs between two runs' settings, single entries apart."""
     old, new = _identity(stored), _identity(wanted)
-    names = []
+    found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += [f"{key}.{k}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+            names = sorted(a.keys() | b.keys())
+            found += [(f"{key}.{k}", a.get(k), b.get(k)) for k in names if a.get(k) != b.get(k)]
         elif a != b:
-            names.append(key)
-    return names
+            found.append((key, a, b))
+    return found
+
+
+def _difference_text(name: str, old: Any, new: Any) -> str:
+    """Return "recipe.epochs 3 -> 9"; the name alone where values are lists or digests."""
+    if name == "data" or any(isinstance(value, list | dict) for value in (old, new)):
+        return name
+    return f"{name} {reprlib.repr(old)} -> {reprlib.repr(new)}"
 
 
 def _digest(value: Any) -> str:
@@ -230,10 +310,10 @@ def read_history(run_dir: str | Path) -> list[EpochSummary]:
     if not path.exists():
         return []
     history = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            history.append(EpochSummary(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+            history.append(EpochSummary(**json.loads(line)).checked())
+        except (ValueError, TypeError, RecursionError) as error:
             raise TrainingError(
                 f"{path}, line {number} is no epoch ({error}); remove that line"
             ) from None

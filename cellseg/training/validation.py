@@ -11,7 +11,10 @@ from tqdm.auto import tqdm
 
 from cellseg.coco import Record, sort_records
 from cellseg.inference.prediction import detections_to_records
+from cellseg.training.distributed import ALONE, Ranks
 from cellseg.training.precision import autocast
+
+_Part = tuple[int, int, dict[str, float], list[Record]]  # place, images, losses, records
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ def validate(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Validation:
     """Return losses and records over a loader; neither buffers nor generators change.
 
-    The sampling of anchors and RoIs inside the loss is drawn from `seed` alone, so that the loss
-    of two epochs differs by the model and not by the draw.
+    The sampling of anchors and RoIs inside the loss is drawn from `seed` and the image's place
+    alone, so that the loss of two epochs differs by the model and not by the draw, and several
+    processes find, image by image, what one finds (on the CPU, at the same number of threads each).
 
     Args:
         model: Mask R-CNN of this package; it is put into eval mode and back.
@@ -95,13 +100,14 @@ def validate(
         seed: of the draws inside the losses.
         dtype: the type that the forward pass computes in.
         progress: show a bar with the time left.
+        ranks: the processes that share the images, each with its part of the loader's; the first
+            of them gets the result, the others an empty one.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = {}
-    records: list[Record] = []
-    count = 0
+    parts: list[_Part] = []
+    place = ranks.rank
     total = len(loader) if isinstance(loader, Sized) else None
     try:
         with forked_seed(seed, device), autocast(device, dtype):
@@ -109,17 +115,32 @@ def validate(
                 loader, total=total, desc="validate", leave=False, disable=not progress
             ):
                 images, targets = to_device(images, targets, device)
-                torch.manual_seed(seed + count)  # loaders draw, too: how often depends on workers
+                torch.manual_seed(seed + place)  # loaders draw, too: how often depends on workers
                 losses, detections = losses_and_detections(model, images, targets)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(images)
-                count += len(images)
+                values = {name: float(value) for name, value in losses.items()}
+                records = []
                 for image, target, detection in zip(images, targets, detections, strict=True):
                     records += detections_to_records(
                         detection, tuple(image.shape[-2:]), image_id=target["image_id"]
                     )
+                parts.append((place, len(images), values, records))
+                place += len(images) * ranks.count
     finally:
         model.train(was_training)
+    gathered = ranks.gather(parts) or []
+    return _put_together([part for some in gathered for part in some])
+
+
+def _put_together(parts: Sequence[_Part]) -> Validation:
+    """Return the result of all images, added up in their order, whoever has looked at them."""
+    sums: dict[str, float] = {}
+    records: list[Record] = []
+    count = 0
+    for _, images, losses, found in sorted(parts, key=lambda part: part[0]):
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value * images
+        count += images
+        records += found
     return Validation({k: v / max(count, 1) for k, v in sums.items()}, sort_records(records))
 
 
