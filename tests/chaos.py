@@ -26,13 +26,13 @@ import survival
 import torch
 from survival import after_steps, assert_same_run, child, quick_model, send, train, wait_for
 
-from cellseg.data import CellDataset
+from cellseg.data import TrainTransform
 from cellseg.errors import CellsegError, CheckpointError, DataError, TrainingError
 from cellseg.training import TrainingInterrupted, read_checkpoint
 from cellseg.training.checkpoint import FORMAT, MARK
 from cellseg.training.lock import LOCK_NAME, SILENT_AFTER
 
-CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 128 + signal.SIGUSR1}
+CODES = {name: 128 + getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")}
 
 
 @dataclass
@@ -417,18 +417,22 @@ def dead_worker(bench: Bench) -> str:
     return f"one sentence with the remedy, state saved after step {step}; equal after going on"
 
 
+class LittleSharedMemory(TrainTransform):
+    """Fails at one image, in a worker, as torch does where /dev/shm is full."""
+
+    def __call__(self, image: torch.Tensor, target: dict, generator: torch.Generator) -> tuple:
+        if target["image_id"] == 4:
+            file = "file </torch_1_2_3>: No space left on device (28)"
+            raise RuntimeError(f"unable to allocate shared memory(shm) for {file}")
+        return super().__call__(image, target, generator)
+
+
 def little_shared_memory(bench: Bench) -> str:
     """Let a worker fail as it does where /dev/shm is full."""
-    full = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left (28)"
-    read = CellDataset.read_instances
-
-    def failing(dataset: CellDataset, index: int) -> object:
-        if dataset.sample_ids[index] == "d" and dataset.transform is not None:
-            raise RuntimeError(full)
-        return read(dataset, index)
-
-    with mock.patch.object(CellDataset, "read_instances", failing):
-        text = raised(TrainingError, lambda: next(train(bench.data, bench.run, workers=1)))
+    failing = LittleSharedMemory(crop_size=40)
+    text = raised(
+        TrainingError, lambda: next(train(bench.data, bench.run, workers=1, transform=failing))
+    )
     assert "unable to allocate shared memory" in text and "--shm-size" in text, text
     bench.finish()
     return "one sentence with the remedy; equal after going on"

@@ -51,12 +51,13 @@ def train(
     model: torch.nn.Module | None = None,
     workers: int = 0,
     batch_size: int = 1,
+    transform: TrainTransform | None = None,
     **settings: Any,
 ) -> Iterator[EpochSummary]:
     """Return the epochs of a run with augmentation, accumulation and averaged weights."""
     dataset = CellDataset(train_dir, class_names=CLASSES, channel_order="true")
     pair = make_loaders(
-        dataset.subset(list("abcde"), transform=TrainTransform(crop_size=40)),
+        dataset.subset(list("abcde"), transform=transform or TrainTransform(crop_size=40)),
         dataset.subset(["v"]),
         batch_size=batch_size,
         workers=workers,

@@ -66,3 +66,7 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
 def test_predict_wants_one_kind_of_images(tmp_path):
     result = run("predict", "best.pt", tmp_path / "x.json")
     assert "either --release" in str(result.exception)
+
+
+def test_a_long_list_of_ids_is_not_taken_for_a_file():
+    assert cli._read_ids(",".join(["sample"] * 200)) == ["sample"] * 200

@@ -20,6 +20,9 @@ from cellseg.training.lock import LOCK_NAME, lock_run
 
 SLOW = ("kill_at_random", "stop_by_signals", "disk_full_while_saving", "two_in_one_folder")
 
+if os.name == "nt":
+    pytest.skip("signals and locks are those of Unix", allow_module_level=True)
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):

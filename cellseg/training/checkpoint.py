@@ -20,6 +20,8 @@ FORMAT = 2  # 1 had no digest
 MARK = "cellseg checkpoint"
 STATE_NAME = "last.pt"
 PREVIOUS_NAME = "previous.pt"
+# In this order of age; a crash between two renames leaves the newest under `.new`.
+STATE_NAMES = (STATE_NAME, f"{STATE_NAME}.new", PREVIOUS_NAME)
 MAX_DEPTH, MAX_VALUES = 20, 5_000_000  # of what a digest is taken; ours stay far below
 
 
@@ -145,10 +147,8 @@ def load_state(run_dir: str | Path) -> dict[str, Any] | None:
         CheckpointError: if there are states but none can be used.
     """
     run_dir = Path(run_dir)
-    # In this order of age; a crash between two renames leaves the newest under `.new`.
-    paths = [run_dir / name for name in (STATE_NAME, f"{STATE_NAME}.new", PREVIOUS_NAME)]
     faults = []
-    for path in paths:
+    for path in (run_dir / name for name in STATE_NAMES):
         if not path.exists():
             continue
         try:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cellseg.errors import DataError, SettingsError, TrainingError
-from cellseg.training.distributed import Ranks, join_ranks
+from cellseg.training.distributed import RankLost, Ranks, join_ranks
 from cellseg.training.examination import Examination
 from cellseg.training.interruption import StopRequest, alarms_held_back, stop_requests
 from cellseg.training.keeper import StateKeeper
@@ -277,9 +277,14 @@ def saved_if_failing(keeper: StateKeeper) -> Iterator[None]:
     """Save the state before a step that cannot be made, here or by another rank."""
     try:
         yield
-    except TrainingError:
-        with keeper.session.ranks.rescuing(keeper.session.device):
+    except TrainingError as error:
+        ranks = keeper.session.ranks
+        with ranks.rescuing(keeper.session.device):
             keeper.save()
+        if isinstance(error, RankLost) and ranks.first:
+            raise RankLost(
+                f"{error}; the state is saved in {keeper.run_dir}: run again to go on"
+            ) from error
         raise
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cellseg.errors import CheckpointError, TrainingError
-from cellseg.training.checkpoint import STATE_NAME, load_state, save_state, write_checkpoint
+from cellseg.training.checkpoint import (
+    STATE_NAME,
+    STATE_NAMES,
+    load_state,
+    save_state,
+    write_checkpoint,
+)
 from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.lock import told_as_full
 from cellseg.training.run import EpochSummary, read_settings, write_history
@@ -72,10 +78,10 @@ class StateKeeper:
         for pattern in LEFT_BY_A_KILL:
             for path in self.run_dir.glob(pattern):
                 path.unlink(missing_ok=True)
-        if how != "auto" and (self.run_dir / STATE_NAME).exists():
+        found = [name for name in STATE_NAMES if (self.run_dir / name).exists()]
+        if how != "auto" and found:
             raise TrainingError(
-                f"{self.run_dir / STATE_NAME} exists; use resume='auto' to go on, or another "
-                "run_dir"
+                f"{self.run_dir / found[0]} exists; use resume='auto' to go on, or another run_dir"
             )
         state = load_state(self.run_dir)
         if state is None:

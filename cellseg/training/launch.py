@@ -238,7 +238,7 @@ def _stop_at_end_of_input() -> None:
     """Ask this process to stop when its standard input ends."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1024):
+        while os.read(sys.stdin.fileno(), 1024):  # not buffered: that lock would outlive the thread
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 

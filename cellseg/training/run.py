@@ -174,10 +174,13 @@ def _go_on_changed(
     text = ", ".join(_difference_text(*entry) for entry in changed) or "its identity"
     network = [name for name, *_ in changed if name.split(".")[0] in NETWORK]
     if network or on_change == "refuse":
-        no_way = f"with another {network[0]} no run can go on" if network else ""
+        way = (
+            f"or remove that folder (with another {network[0]} no run can go on)"
+            if network
+            else "remove that folder, or go on with it by on_change='continue'"
+        )
         raise TrainingError(
-            f"{path} is a run with other settings ({text}); choose another name for this run, "
-            f"remove that folder, or {no_way or 'go on with it by on_change=' + repr('continue')}"
+            f"{path} is a run with other settings ({text}); choose another name for this run, {way}"
         )
     change = {
         "time": settings["started"],
