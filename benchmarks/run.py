@@ -30,7 +30,7 @@ from cellseg.files import read_json, write_atomically
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for module in (stages_data, stages_model, stages_records, stages_files)
+    for module in (stages_data, stages_files, stages_model, stages_records)
     for stage in module.STAGES
 }
 STEPS: dict[str, Callable[..., list[Section]]] = {

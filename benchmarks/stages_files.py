@@ -3,14 +3,20 @@
 import json
 import math
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from benchmarks.made import write_sample
 from benchmarks.stage import Stage
+from benchmarks.stages_data import DENSITY, Folder, Read, read_by_comparisons, same_sample
 from benchmarks.stages_records import jittered_records, scatter_cells
 from cellseg.coco import Record, read_records, sort_records, write_records
+from cellseg.data.cache import SampleCache
+from cellseg.data.reading import CLASS_NAMES, SampleFiles, find_sample_files
+from cellseg.data.tissue import make_tissue
 from cellseg.errors import RecordsError
 
 SIDE = 1000
@@ -19,7 +25,6 @@ CLASS_IDS = range(1, 5)
 SOUND, CORRUPT = "sound.json", "corrupt.json"
 CORRUPT_RECORDS = 2000  # in the corrupted file; one in 50 is faulty
 
-Folder = tempfile.TemporaryDirectory
 Checked = tuple[list[Record], set[int], Path]
 
 
@@ -103,7 +108,75 @@ def same_files(reference: Checked, ours: Checked) -> bool:
     return reference[:2] == ours[:2] and sort_records(written[0]) == sort_records(written[1])
 
 
+@dataclass(frozen=True)
+class CachedSample:
+    """A sample of 450 cells on disk and in a cache that has read it before.
+
+    Attributes:
+        name: the sample's folder.
+        files: its files.
+        cache: the cache.
+        arrays: image, boxes, labels and map in this process's memory.
+        folder: holds all of it; gone when it is dropped.
+    """
+
+    name: str
+    files: SampleFiles
+    cache: SampleCache
+    arrays: Read
+    folder: Folder
+
+
+def make_cached(side: int = SIDE) -> CachedSample:
+    """Return a sample whose entry was made, and checked, by this process."""
+    folder = tempfile.TemporaryDirectory()
+    place = Path(folder.name, "sample")
+    write_sample(place, *make_tissue(side, side, density=DENSITY, seed=1), compression=None)
+    files = find_sample_files(place, CLASS_NAMES)
+    cache = SampleCache(Path(folder.name, "cache"))
+    cache.read(files)
+    sample = CachedSample(str(place), files, cache, (), folder)
+    return replace(sample, arrays=copy_from_cache(sample))
+
+
+def copy_from_cache(sample: CachedSample) -> Read:
+    """Return image, boxes, labels and map, copied out of the cache, so that all is really read."""
+    planes, cells = sample.cache.read(sample.files)
+    arrays = (planes, cells.boxes, cells.labels, cells.instance_map)
+    planes, *others = (array.copy() for array in arrays)
+    return planes.transpose(1, 2, 0), *others
+
+
+def copy_from_memory(sample: CachedSample) -> Read:
+    """Return copies of the arrays."""
+    return tuple(array.copy() for array in sample.arrays)
+
+
+def same_arrays(reference: Read, ours: Read) -> bool:
+    """Return whether all arrays are identical."""
+    return all(map(np.array_equal, reference, ours))
+
+
 STAGES = (
+    Stage(
+        name="cache",
+        floor=100,
+        make=make_cached,
+        reference=read_by_comparisons,
+        ours=copy_from_cache,
+        equal=same_sample,
+        note="read from the cache and copied",
+    ),
+    Stage(
+        name="cache_copy",
+        floor=0.5,
+        make=make_cached,
+        reference=copy_from_memory,
+        ours=copy_from_cache,
+        equal=same_arrays,
+        runs=31,
+        note="the same beside a copy of the arrays in memory",
+    ),
     Stage(
         name="records_io",
         floor=3,

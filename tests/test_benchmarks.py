@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import make_image, make_target
 
-from benchmarks import end_to_end, run, stages_files, stages_model
+from benchmarks import end_to_end, memory, run, stages_files, stages_model
 from benchmarks.made import cells_on_grid, jittered_boxes, predicted_masks, write_sample
+from benchmarks.memory import with_peak
 from benchmarks.section import markdown_table, seconds_text
 from benchmarks.stage import Stage, find_misses, measure_times
 from benchmarks.stopwatch import Stopwatch
@@ -18,7 +19,7 @@ from cellseg.data import CellDataset
 from cellseg.models import get_model_mobilenetv2
 
 ROWS = {
-    "read_raw", "read_lzw", "mask_targets", "rpn_matching", "masks_to_rle_300",
+    "read_raw", "read_lzw", "cache", "mask_targets", "rpn_matching", "masks_to_rle_300",
     "masks_to_rle_500", "masks_to_rle_memory", "scores_100", "scores_uncapped", "merging",
     "records_io", "augment",
 }  # fmt: skip
@@ -202,6 +203,23 @@ def test_result_files_agree_and_all_faults_are_found():
     assert reference[1] == set(range(7, 300, 50))
     assert stages_files.same_files(reference, ours)
     assert not stages_files.same_files(reference, (ours[0], {7}, ours[2]))
+
+
+def test_a_cached_sample_is_the_sample():
+    sample = stages_files.make_cached(side=90)
+    ours = stages_files.copy_from_cache(sample)
+    assert run.STAGES["cache"].equal(run.STAGES["cache"].reference(sample), ours)
+    assert stages_files.same_arrays(stages_files.copy_from_memory(sample), ours)
+    assert not stages_files.same_arrays((ours[0] + 1, *ours[1:]), ours)
+
+
+def test_memory_is_seen_where_the_system_tells_it():
+    kept = bytearray(60_000_000)
+    result, peak = with_peak(lambda: len(bytes(40_000_000)))
+    assert len(kept) == 60_000_000 and result == 40_000_000
+    if memory.IS_LINUX:
+        assert 30 < peak < 60
+        assert memory.added_peak_mb(lambda: bytes(10_000_000)) < 30
 
 
 def test_the_usual_dataset_holds_the_same_cells(tmp_path):
