@@ -11,10 +11,12 @@ import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make_image, make_target
 
 from cellseg.data import EpochSampler, TrainTransform
 from cellseg.data.loaders import OrderedSampler
 from cellseg.errors import SettingsError, TrainingError
+from cellseg.models import BUILDERS
 from cellseg.training import (
     TrainingInterrupted,
     fit,
@@ -235,6 +237,17 @@ def test_launch_names_what_it_cannot_hand_over(folder):
     pair[0].dataset.transform = Mine(crop_size=40)
     with pytest.raises(SettingsError, match="write a script and start it with torchrun"):
         next(launch(ranks.quick_model(), *pair, run_dir=folder / "no", processes=2))
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=list(BUILDERS))
+@pytest.mark.parametrize("squares", [[], [(1, 4, 6, 30, 28)]], ids=["empty", "a cell"])
+def test_every_weight_takes_part_in_every_step(builder, squares):
+    """DDP waits for the gradient of each trained weight: without one the others would hang."""
+    narrow = {"fpn_channels": 16, "head_width": 16, "proposals": 20, "rois_per_image": 16}
+    model = builder(3, weights=None, norm="frozen", **narrow).train()
+    losses = model([make_image(40, 48, squares)], [make_target(40, 48, squares)])
+    sum(losses.values()).backward()
+    assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch):

@@ -111,6 +111,9 @@ def train_launched(run_dir: str | Path) -> None:
         except RuntimeError as error:
             raise CheckpointError(f"{START_NAME} does not fit its own description") from error
         model.spec, model.provenance = start["spec"], start["provenance"]
+        ranks.confirm()  # all have read it
+        if ranks.first:
+            (Path(run_dir) / START_NAME).unlink(missing_ok=True)
         for _ in fit(model, *_loaders(start), run_dir=run_dir, ranks=ranks, **settings):
             pass
 
