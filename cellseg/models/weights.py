@@ -61,7 +61,7 @@ def load_tensors(path: Path) -> Any:
         ValueError: if it is damaged, was not written by torch.save, or holds more than tensors
             and plain values; says why, in one line.
     """
-    fault = _zip_fault(path) if zipfile.is_zipfile(path) else None
+    fault = _zip_fault(path)
     if fault is not None:
         raise ValueError(fault)
     try:
@@ -72,12 +72,16 @@ def load_tensors(path: Path) -> Any:
 
 
 def _zip_fault(path: Path) -> str | None:
-    """Return what is wrong with the zip that torch.save writes, before torch looks into it.
+    """Return what is wrong with a zip as torch.save writes it, before torch looks into it.
+
+    None if nothing is, or if it is no zip, which torch.save wrote until 1.6.
 
     Tensors lie in it as they are: a compressed entry could unpack to any size, and one entry
     could stand for many tensors. What is interpreted is held against its checksum.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

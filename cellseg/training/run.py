@@ -25,6 +25,7 @@ from cellseg.models import count_trainable_parameters
 from cellseg.training.lock import lock_run
 from cellseg.training.precision import pick_device
 
+MAX_NUMBER = 2**53  # beyond it numbers in JSON are not exact
 NETWORK = ("builder", "arguments", "class_names")  # what weights fit
 
 
@@ -75,6 +76,8 @@ class EpochSummary:
             wanted = dict if "dict" in kind else int if field.type is int else int | float
             missing = value is None and kind.endswith("| None")
             if not missing and (not isinstance(value, wanted) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} is {reprlib.repr(value)}")
+            if isinstance(value, int) and abs(value) > MAX_NUMBER:
                 raise ValueError(f"{field.name} is {reprlib.repr(value)}")
         return self
 
