@@ -3,6 +3,7 @@
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def epoch_seconds(side: str, train_dir: Path, images: int, width: int) -> float:
     with tempfile.TemporaryDirectory() as run_dir:
         # Two epochs, of which the first is run: validation comes after the last.
         epochs = fit(model, *loaders, run_dir=run_dir, epochs=2, validate_every=2, progress=False)
-        return next(epochs).seconds
+        with closing(epochs):
+            return next(epochs).seconds
 
 
 def epoch_peak_mb(side: str, train_dir: Path, width: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cellseg.training.fit import peak_memory_mb
+from cellseg.training.examination import peak_memory_mb
 
 IS_LINUX = sys.platform.startswith("linux")
 

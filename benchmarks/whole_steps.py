@@ -14,6 +14,8 @@ from cellseg.data import CellDataset, TrainTransform, make_loaders, transforms
 from cellseg.data.tissue import make_tissue
 from cellseg.inference import prediction
 from cellseg.models import get_model_mobilenetv2, heads
+from cellseg.training import keeper
+from cellseg.training.session import Session
 
 NUM_CLASSES = 5
 BATCH = 2
@@ -32,13 +34,10 @@ OWN_PARTS = (
     ("target building", heads.CellRoIHeads, "select_training_samples"),
     ("matching", heads.CellRPN, "assign_targets_to_anchors"),
     ("mask targets", heads, "sample_mask_targets"),
-    ("logging", fit_module._Session, "train_epoch"),  # less all that is named here
-    ("logging", fit_module, "write_history"),
+    ("logging", fit_module, "_train_epoch"),  # less all that is named here
+    ("logging", keeper, "write_history"),
 )
-NETWORK_PARTS = (
-    (NETWORK, fit_module._Session, "_backward"),
-    (NETWORK, fit_module._Session, "_step"),
-)
+NETWORK_PART = (NETWORK, Session, "train_step")
 
 
 def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, float]:
@@ -69,7 +68,7 @@ def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, 
             progress=False,
         )
         next(summaries)
-        with watch.watch((*OWN_PARTS, *NETWORK_PARTS)):
+        with watch.watch((*OWN_PARTS, NETWORK_PART)):
             list(islice(summaries, epochs))
         summaries.close()
     return {part: seconds / (2 * epochs) for part, seconds in watch.seconds.items()}
