@@ -104,13 +104,11 @@ def usual_optimiser(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train_one_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-) -> float:
-    """Train over the loader once and return the seconds."""
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader
+) -> list[float]:
+    """Train over the loader once and return when each step ended, in seconds of the clock."""
     model.train()
-    start = time.perf_counter()
+    ends = []
     for images, targets in loader:
         losses = sum(model(list(images), list(targets)).values())
         if not math.isfinite(losses.item()):
@@ -118,4 +116,5 @@ def train_one_epoch(
         optimizer.zero_grad()
         losses.backward()
         optimizer.step()
-    return time.perf_counter() - start
+        ends.append(time.perf_counter())
+    return ends

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from itertools import islice
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +41,16 @@ NETWORK_PART = (NETWORK, Session, "train_step")
 
 
 def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, float]:
-    """Return seconds a step by part, of a few steps through `fit` after a first epoch.
+    """Return seconds a step by part, medians over epochs of two steps through `fit`.
 
     Loading is done in this process, so that nothing of it hides behind the network.
 
     Args:
         cells: cells in a crop, about.
-        epochs: measured epochs of two steps each.
+        epochs: epochs that are measured, after a first one.
         width: channels of FPN, RPN and mask head.
     """
-    watch = Stopwatch()
+    watch, measured = Stopwatch(), []
     with tempfile.TemporaryDirectory() as folder:
         train_dir = Path(folder, "train")
         # A crop of 512 is cut out of images a little larger than itself.
@@ -67,11 +67,12 @@ def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, 
             validate_every=epochs + 2,
             progress=False,
         )
-        next(summaries)
-        with watch.watch((*OWN_PARTS, NETWORK_PART)):
-            list(islice(summaries, epochs))
-        summaries.close()
-    return {part: seconds / (2 * epochs) for part, seconds in watch.seconds.items()}
+        with closing(summaries), watch.watch((*OWN_PARTS, NETWORK_PART)):
+            for _ in range(1 + epochs):
+                watch.seconds.clear()
+                next(summaries)
+                measured.append(dict(watch.seconds))
+    return {part: float(np.median([m[part] for m in measured[1:]])) / 2 for part in measured[0]}
 
 
 def training_step(*, quick: bool = False) -> list[Section]:
@@ -79,7 +80,7 @@ def training_step(*, quick: bool = False) -> list[Section]:
     parts = list(dict.fromkeys(part for part, *_ in OWN_PARTS))
     rows, misses = [], []
     for cells in CELLS:
-        seconds = profile_training(cells, epochs=1 if quick else 2)
+        seconds = profile_training(cells, epochs=1 if quick else 3)
         step = sum(seconds.values())
         share = 1 - seconds[NETWORK] / step
         shares = [f"{100 * seconds.get(part, 0) / step:.2f} %" for part in parts]

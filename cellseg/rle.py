@@ -36,9 +36,14 @@ def decode_counts(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     number_ends = np.flatnonzero(last_of_number) + 1
     groups = np.diff(number_ends, prepend=0)
     foreign = np.flatnonzero((codes < 0) | (codes > 63))
-    positions = np.concatenate([foreign, number_ends[groups > _MAX_GROUPS] - 1])
+    long_ends = number_ends[groups > _MAX_GROUPS]
+    long_starts = long_ends - groups[groups > _MAX_GROUPS]
+    owner_of_end = np.searchsorted(string_ends, long_ends - 1, side="right")
+    # A string cut off within a number seems to go on in the next one, which is not at fault.
+    within = np.searchsorted(string_ends, long_starts, side="right") == owner_of_end
     invalid = np.zeros(len(strings), dtype=bool)
-    invalid[np.searchsorted(string_ends, positions, side="right")] = True
+    invalid[np.searchsorted(string_ends, foreign, side="right")] = True
+    invalid[owner_of_end[within]] = True
     nonempty = np.diff(string_ends, prepend=0) > 0
     invalid[nonempty] |= ~last_of_number[string_ends[nonempty] - 1]
     if invalid.any():

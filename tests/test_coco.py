@@ -129,6 +129,19 @@ def test_each_fault_is_named_with_its_record(record, message):
     assert message in faults[0]
 
 
+def test_a_mask_cut_within_a_number_does_not_spoil_the_next():
+    # Its two runs of 2**19 take five characters each: four of them and five would be one number of
+    # nine, which no count has.
+    long = np.zeros((1024, 1024), dtype=bool)
+    long[:, 512:] = True
+    sound = coco.make_record(1, 1, 0.5, coco.mask_to_rle(long))
+    cut = copy.deepcopy(sound)
+    cut["segmentation"]["counts"] = sound["segmentation"]["counts"][:-1]
+    assert [fault.split(":")[0] for fault in coco.check_records([sound, cut, sound])] == [
+        "record 1"
+    ]
+
+
 def test_first_ten_faults_are_in_the_message(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{}] * 12))
     with pytest.raises(RecordsError, match=r"bad\.json has 12 faults") as caught:
