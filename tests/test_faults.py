@@ -18,10 +18,10 @@ from cellseg.training.checkpoint import (
 from cellseg.training.interruption import StopRequest, alarms_held_back, stop_requests
 from cellseg.training.lock import LOCK_NAME, lock_run
 
-SLOW = ("kill_at_random", "stop_by_signals", "disk_full_while_saving", "two_in_one_folder")
-
 if os.name == "nt":
     pytest.skip("signals and locks are those of Unix", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,7 @@ def prepared(tmp_path_factory):
     return chaos.prepare(tmp_path_factory.mktemp("chaos"))
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(fault, marks=pytest.mark.slow if fault.__name__ in SLOW else ())
-        for fault in chaos.FAULTS
-    ],
-    ids=lambda fault: fault.__name__,
-)
+@pytest.mark.parametrize("fault", chaos.FAULTS, ids=lambda fault: fault.__name__)
 def test_fault_is_survived(fault, prepared, tmp_path):
     assert fault(chaos.Bench(tmp_path, *prepared, kills=3, signals=("SIGTERM",)))
 

@@ -45,7 +45,7 @@ from cellseg.training.outcome import read_outcome
 from cellseg.training.run import EpochSummary, write_history
 
 # Of zipfile about names that come twice, of torch about pickles: both are what is tried here.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 SCALE = int(os.environ.get("CELLSEG_FUZZ", "1"))
 PACKAGE = Path(__file__).resolve().parents[1] / "cellseg"
 NUMBERS = [0, 1, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]

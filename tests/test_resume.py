@@ -28,6 +28,8 @@ from cellseg.training.generators import generator_states, restore_generators
 if os.name == "nt":
     pytest.skip("signals are those of Unix", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2 * STEPS_PER_EPOCH
 SCORED = "cellseg.training.examination.score_records"
 
