@@ -15,6 +15,7 @@ from cellseg.evaluation import dataset_truth, score_records
 from cellseg.training import fit, load_model, read_history, validate
 from cellseg.training.validation import forked_seed
 
+pytestmark = pytest.mark.slow
 CLOCKED = ("seconds", "images_per_second", "peak_memory_mb")
 SAMPLES = {
     "a": (48, 64, [(1, 4, 5, 18, 17), (2, 30, 20, 46, 38)]),
@@ -304,7 +305,6 @@ def test_bfloat16_gives_nearly_the_same_first_loss(dataset, whole, tmp_path):
     assert math.isfinite(found.val_loss)
 
 
-@pytest.mark.slow
 def test_one_image_is_learned_by_heart(tmp_path):
     squares = [(1, 6, 6, 20, 22), (2, 40, 8, 56, 22), (1, 10, 36, 26, 52), (2, 44, 34, 62, 54)]
     dataset = write_squares(tmp_path / "train", {"only": (64, 80, squares)})
