@@ -205,6 +205,7 @@ def _kinds(costs: Sequence[Cost]) -> list[tuple[str, list[float], list[str]]]:
 
 def _power(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Return the slope of the line through log(cost) over log(size)."""
+    costs = np.maximum(costs, 1e-3)  # less than a page of memory is nothing, whose log is none
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
@@ -215,7 +216,8 @@ def _draw(
     figure = new_figure(11.5, 3.9)
     time_axis, memory_axis, cell_axis = figure.subplots(1, 3, width_ratios=[1, 1, 0.85])
     megapixels = np.array(sides) ** 2 / 1e6
-    for axis, place, name in ((time_axis, 0, "seconds"), (memory_axis, 1, "MB added")):
+    panes = ((time_axis, 0, "Time", "seconds"), (memory_axis, 1, "Memory", "MB added"))
+    for axis, place, name, unit in panes:
         for what, costs in by_pixels.items():
             values = [cost[place] for cost in costs]
             power = _power(megapixels, values)
@@ -223,7 +225,7 @@ def _draw(
             label = f"{what}: power {power:.2f}"
             axis.loglog(megapixels, values, marker=marker, color=colour, label=label)
         _draw_guide(axis, megapixels)
-        finish_axis(axis, f"{name.split()[0]} at constant density", "megapixels", name)
+        finish_axis(axis, f"{name} at constant density", "megapixels", unit)
         axis.legend(fontsize=8, frameon=False)
     _draw_factors(cell_axis, by_cells)
     save_figure(figure, FIGURE, dpi=110)
@@ -248,10 +250,10 @@ def _draw_factors(axis: Axes, by_cells: dict[str, list[Cost]]) -> None:
             factors.append(values[1] / values[0])
             colours.append(LINES[what][0])
     bars = axis.barh(names, factors, color=colours, height=0.55)
-    axis.bar_label(bars, fmt="%.2f", padding=4, color=INK, fontsize=9)
+    axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=9)
     axis.axvline(1, color=FAINT, linewidth=0.8)
     axis.axvline(MOST_FACTOR, color=INK, linewidth=0.8, linestyle="--")
     axis.invert_yaxis()
     axis.set_xlim(0, max(1.6, 1.2 * max(factors)))
-    finish_axis(axis, f"{CELLS[0]} to {CELLS[1]:,} cells", "times as much (dashed: limit)", "")
+    finish_axis(axis, f"From {CELLS[0]} to {CELLS[1]:,} cells", "times as much (dashed: limit)", "")
     axis.grid(visible=False)
