@@ -147,8 +147,8 @@ def train_ours(model: GeneralizedRCNN, train_dir: Path, images: int) -> list[flo
 
 
 def epoch_peak_mb(side: str, train_dir: Path, width: int) -> float:
-    """Return the memory that two steps add, models and optimisers included."""
-    return added_peak_mb(lambda: train(side, train_dir, 2 * BATCH, width))
+    """Return the memory that an epoch of one step adds, model and optimiser included."""
+    return added_peak_mb(lambda: train(side, train_dir, BATCH, width))
 
 
 def stubbed_peak_mb(side: str, train_dir: Path, width: int) -> float:
@@ -191,7 +191,7 @@ def end_to_end(*, quick: bool = False) -> list[Section]:
         rows.append([what, *texts, f"{megabytes[0] / megabytes[1]:.1f}"])
     section = Section(
         title="Against the usual way, end to end",
-        text=f"{images} made images of {SIDE} x {SIDE}, {min(cells)} to {max(cells)} cells each, "
+        text=f"{images} made images of {SIDE} x {SIDE}, {min(cells)} cells each and more, "
         f"batch {BATCH}, MobileNetV2 with {WIDTH} channels, CPU: torchvision's loop, as its "
         "tutorial writes it with [N, H, W] masks, and `fit`, both reading in the training process. "
         "Stubbed: a step without backbone and heads, whose outputs have the same shapes. Wanted: "

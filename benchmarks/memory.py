@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,21 @@ import torch
 
 from cellseg.training.examination import peak_memory_mb
 
+PRELOADED = ["benchmarks.end_to_end", "benchmarks.growth", "benchmarks.stages_files"]
 IS_LINUX = sys.platform.startswith("linux")
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a module's function returns when it runs in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """Return what a module's function returns when it runs in a new process.
+
+    Where there is a fork server the process starts with all modules loaded and nothing else.
+    """
+    if "forkserver" in get_all_start_methods():
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    else:
+        context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 

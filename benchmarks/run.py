@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = False
     for name in names:
         print(f"{name} ...", flush=True)
+        start = time.perf_counter()
         if name in STAGES:
             rows[name] = measure_row(name, quick=options.quick)
             print("  " + " | ".join(row_cells(name, rows[name])[1:-1]))
@@ -188,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             misses = [miss for section in steps[name] for miss in section["misses"]]
         for miss in misses:
             print(f"  MISSED: {miss}")
+        print(f"  {time.perf_counter() - start:.0f} s")
         missed |= bool(misses)
         write_results(
             {key: rows[key] for key in STAGES if key in rows},

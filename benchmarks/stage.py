@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.memory import with_peak
 
-OURS_PER_REFERENCE = 5  # runs of ours for each run of the reference
+OURS_PER_REFERENCE = 3  # runs of ours for each run of the reference
 Result = dict[str, Any]
 
 

@@ -41,7 +41,7 @@ NETWORK_PART = (NETWORK, Session, "train_step")
 
 
 def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, float]:
-    """Return seconds a step by part, medians over epochs of two steps through `fit`.
+    """Return seconds a step by part, medians over epochs of one step through `fit`.
 
     Loading is done in this process, so that nothing of it hides behind the network.
 
@@ -54,7 +54,7 @@ def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         train_dir = Path(folder, "train")
         # A crop of 512 is cut out of images a little larger than itself.
-        write_tissue(train_dir, 2 * BATCH, 640, round(cells * (640 / CROP) ** 2))
+        write_tissue(train_dir, BATCH, 640, round(cells * (640 / CROP) ** 2))
         dataset = CellDataset(train_dir, channel_order="true")
         train = dataset.subset(dataset.sample_ids, transform=TrainTransform(crop_size=CROP))
         loaders = make_loaders(train, dataset, batch_size=BATCH, workers=0)
@@ -72,7 +72,7 @@ def profile_training(cells: int, *, epochs: int, width: int = 256) -> dict[str, 
                 watch.seconds.clear()
                 next(summaries)
                 measured.append(dict(watch.seconds))
-    return {part: float(np.median([m[part] for m in measured[1:]])) / 2 for part in measured[0]}
+    return {part: float(np.median([m[part] for m in measured[1:]])) for part in measured[0]}
 
 
 def training_step(*, quick: bool = False) -> list[Section]:
