@@ -77,6 +77,41 @@ def test_options_reach_the_parts():
     assert heads.mask_predictor.mask_fcn_logits.out_channels == 6
 
 
+def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
+    model = tiny_model(box_roi_size=5, mask_roi_size=8, mask_layers=2, score_threshold=0.0).eval()
+    with torch.inference_mode():
+        found = model([make_image(64, 96)])[0]
+    assert found["masks"].shape[1:] == (1, 16, 16)
+    heads = model.roi_heads
+    assert heads.box_head.fc6.in_features == 16 * 5 * 5
+    assert len([m for m in heads.mask_head.modules() if isinstance(m, nn.Conv2d)]) == 2
+
+
+def rois_of_masks(model, target):
+    """Return labels and RoIs that the mask loss of one training pass sees."""
+    seen = []
+    inner = model.roi_heads._mask_loss
+    model.roi_heads._mask_loss = lambda logits, rois, matched, labels, targets: (
+        seen.append((labels, rois, logits)) or inner(logits, rois, matched, labels, targets)
+    )
+    losses_of(model.train(), make_image(HEIGHT, WIDTH), target)
+    return seen[0]
+
+
+def test_the_mask_loss_sees_at_most_so_many_cells():
+    squares = [(1 + k % 2, 4 + 9 * k, 5, 11 + 9 * k, 13) for k in range(8)]
+    target = make_target(HEIGHT, WIDTH, squares)
+    all_labels, all_rois, _ = rois_of_masks(tiny_model(rois_per_image=64), target)
+    labels, rois, logits = rois_of_masks(tiny_model(rois_per_image=64, mask_rois=5), target)
+    assert len(all_labels) >= 8 and len(labels) == len(rois[0]) == len(logits) == 5
+    # A part of the same RoIs, each with its own class; not simply the first of them.
+    places = [(all_rois[0] == roi).all(dim=1).nonzero()[0].item() for roi in rois[0]]
+    assert len(set(places)) == 5 and places != [0, 1, 2, 3, 4]
+    assert torch.equal(all_labels[places], labels)
+    many, _, _ = rois_of_masks(tiny_model(rois_per_image=64, mask_rois=1000), target)
+    assert torch.equal(many, all_labels)
+
+
 def test_more_than_a_hundred_cells_can_be_found():
     model = tiny_model(proposals=200, score_threshold=0.0, nms_threshold=1.0).eval()
     with torch.inference_mode():
@@ -209,6 +244,8 @@ BAD_OPTIONS = [
     ({"nms_threshold": -0.1}, "nms_threshold=-0.1: 0 to 1"),
     ({"fpn_channels": 0}, "fpn_channels=0: 1 or more"),
     ({"proposals": 0}, "proposals=0: 1 or more"),
+    ({"mask_rois": 0}, "mask_rois=0: 1 or more, or None for all"),
+    ({"mask_layers": 0}, "mask_layers=0: 1 or more"),
     ({"detections_per_image": -1}, "detections_per_image=-1: 1 or more"),
     ({"weights": "COCO"}, "has no weights 'COCO'; there are DEFAULT, IMAGENET, a file, or None"),
 ]  # fmt: skip

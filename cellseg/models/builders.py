@@ -45,8 +45,8 @@ from cellseg.models.weights import (
 ANCHOR_SIZES = (8, 16, 32, 64, 128)
 NORMS = ("auto", "frozen", "trained")
 COUNTS = (
-    "fpn_channels", "head_width", "rpn_samples", "rois_per_image", "proposals",
-    "detections_per_image",
+    "fpn_channels", "head_width", "rpn_samples", "rois_per_image", "box_roi_size", "mask_roi_size",
+    "mask_layers", "proposals", "detections_per_image",
 )  # fmt: skip
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 MAX_TRAINABLE_PARAMETERS = 200_000_000  # the course's limit
@@ -68,8 +68,12 @@ class DetectorOptions:
         trainable_stages: how many stages of the backbone learn, counted from its end, 0 to 5.
         head_width: units of the fully connected layers of the box head.
         rpn_samples: anchors that the RPN's loss sees in an image.
-        rois_per_image: RoIs that the box loss sees in an image; a quarter at most are cells, and
-            these are the ones that the mask loss sees.
+        rois_per_image: RoIs that the box loss sees in an image; a quarter at most are cells.
+        mask_rois: of these cells the mask loss sees at most so many in an image, drawn at random;
+            None for all. On a CPU the mask head is about half of a step where cells are many.
+        box_roi_size: bins a side of the features that the box head sees of an RoI.
+        mask_roi_size: the same for the mask head; its mask has twice as many pixels a side.
+        mask_layers: convolutions of the mask head.
         proposals: boxes that the RPN hands on, in training and evaluation.
         detections_per_image: detections kept in an image; dense tissue has hundreds.
         score_threshold: detections below it are dropped, 0-1.
@@ -85,6 +89,10 @@ class DetectorOptions:
     head_width: int = 1024
     rpn_samples: int = 256
     rois_per_image: int = 512
+    mask_rois: int | None = None
+    box_roi_size: int = 7
+    mask_roi_size: int = 14
+    mask_layers: int = 4
     proposals: int = 2000
     detections_per_image: int = 1000
     score_threshold: float = 0.05
@@ -282,6 +290,10 @@ def _check_options(name: str, num_classes: int, given: dict[str, Any]) -> Detect
         (0 <= options.trainable_stages <= 5, f"trainable_stages={options.trainable_stages}: 0-5"),
         (0 <= options.score_threshold <= 1, f"score_threshold={options.score_threshold}: 0 to 1"),
         (0 <= options.nms_threshold <= 1, f"nms_threshold={options.nms_threshold}: 0 to 1"),
+        (
+            options.mask_rois is None or options.mask_rois >= 1,
+            f"mask_rois={options.mask_rois}: 1 or more, or None for all",
+        ),
         *((getattr(options, k) >= 1, f"{k}={getattr(options, k)}: 1 or more") for k in COUNTS),
     ]  # fmt: skip
     for holds, message in conditions:
@@ -316,15 +328,15 @@ def _roi_heads(
 ) -> CellRoIHeads:
     """Return box and mask heads: with a norm layer the deep ones of the v2 detector."""
     channels, width = options.fpn_channels, options.head_width
-    box_pool = PyramidRoIAlign(7)
+    size = options.box_roi_size
     if norm_layer is None:
-        box_head: nn.Module = TwoMLPHead(channels * box_pool.output_size**2, width)
+        box_head: nn.Module = TwoMLPHead(channels * size**2, width)
     else:
         box_head = FastRCNNConvFCHead(
-            (channels, 7, 7), [channels] * 4, [width], norm_layer=norm_layer
+            (channels, size, size), [channels] * 4, [width], norm_layer=norm_layer
         )
     return CellRoIHeads(
-        box_pool,
+        PyramidRoIAlign(size),
         box_head,
         Float32BoxPredictor(width, num_classes),
         fg_iou_thresh=0.5,
@@ -335,9 +347,12 @@ def _roi_heads(
         score_thresh=options.score_threshold,
         nms_thresh=options.nms_threshold,
         detections_per_img=options.detections_per_image,
-        mask_roi_pool=PyramidRoIAlign(14),
-        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm_layer),
+        mask_roi_pool=PyramidRoIAlign(options.mask_roi_size),
+        mask_head=MaskRCNNHeads(
+            channels, [channels] * options.mask_layers, 1, norm_layer=norm_layer
+        ),
         mask_predictor=MaskRCNNPredictor(channels, channels, num_classes),
+        mask_rois=options.mask_rois,
     )
 
 

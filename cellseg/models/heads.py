@@ -158,6 +158,18 @@ class CellRPN(RegionProposalNetwork):
 class CellRoIHeads(RoIHeads):
     """Box and mask heads trained from instance maps."""
 
+    def __init__(self, *parts: Any, mask_rois: int | None = None, **named_parts: Any) -> None:
+        """Take the parts of torchvision's `RoIHeads`.
+
+        Args:
+            *parts: see torchvision.
+            mask_rois: the mask loss sees at most so many RoIs of an image; None for all that are
+                cells.
+            **named_parts: see torchvision.
+        """
+        super().__init__(*parts, **named_parts)
+        self.mask_rois = mask_rois
+
     def check_targets(self, targets: list[dict[str, Any]] | None) -> None:
         """Raise ValueError unless every target has what the losses need."""
         if targets is None:
@@ -202,7 +214,7 @@ class CellRoIHeads(RoIHeads):
         pooled = self.box_roi_pool(features, rois, image_shapes)
         logits, predicted_offsets = self.box_predictor(self.box_head(pooled))
         loss_classifier, loss_box = fastrcnn_loss(logits, predicted_offsets, labels, offsets)
-        positive = [torch.where(label > 0)[0] for label in labels]
+        positive = [self._draw_positive(label) for label in labels]
         rois = [boxes[chosen] for boxes, chosen in zip(rois, positive, strict=True)]
         matched = [index[chosen] for index, chosen in zip(matched, positive, strict=True)]
         mask_labels = torch.cat(
@@ -215,6 +227,14 @@ class CellRoIHeads(RoIHeads):
             "loss_box_reg": loss_box,
             "loss_mask": loss_mask,
         }
+
+    def _draw_positive(self, labels: Tensor) -> Tensor:
+        """Return which of an image's RoIs the mask loss sees: its cells, or a random part."""
+        positive = torch.where(labels > 0)[0]
+        if self.mask_rois is None or len(positive) <= self.mask_rois:
+            return positive
+        order = torch.randperm(len(positive), device=positive.device)
+        return positive[order[: self.mask_rois]]
 
     def _mask_logits(
         self, features: dict[str, Tensor], rois: list[Tensor], image_shapes: list[tuple[int, int]]
