@@ -1,0 +1,125 @@
+"""CoNSeP's training and held tiles: what every recipe is trained on, and the score it gets."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.consep_ids import ids_of
+from cellseg.coco import Record, read_records, write_records
+from cellseg.data import CellDataset
+from cellseg.errors import SettingsError
+from cellseg.evaluation import dataset_truth, score_records
+from cellseg.evaluation.nuclei import choose_score_threshold, score_nuclei
+
+CLASS_NAMES = ("epithelial", "inflammatory", "spindle", "other")
+FOLDERS = {"tiles": "consep_tiles", "pieces": "consep"}
+WEIGHTS = "mobilenet_v2_imagenet_from_tflite_quant.pth"
+TUNING_STEP = 6  # every sixth training tile: four of them choose the score cut
+PARTS = ("tiles", "pieces", "tuning")
+NUCLEI = ("pq", "aji", "dice")
+
+Predictor = Callable[[CellDataset], list[Record]]
+
+
+def data_folder() -> Path:
+    """Return the folder that CELLSEG_DATA names.
+
+    Raises:
+        SettingsError: if it is not set, or does not hold the data.
+    """
+    name = os.environ.get("CELLSEG_DATA")
+    if not name:
+        raise SettingsError("set CELLSEG_DATA to the folder that holds consep/ and consep_tiles/")
+    for folder in FOLDERS.values():
+        if not (Path(name) / folder / "provenance.json").is_file():
+            raise SettingsError(
+                f"CELLSEG_DATA={name} has no {folder}/provenance.json; name the folder that holds "
+                "consep/ and consep_tiles/"
+            )
+    return Path(name)
+
+
+def weights_file(data: Path, given: Path | None = None) -> Path:
+    """Return the file of ImageNet weights: the one given, or the one beside the data.
+
+    Raises:
+        SettingsError: if it does not exist.
+    """
+    path = given or data.parent / "weights" / WEIGHTS
+    if not path.is_file():
+        raise SettingsError(f"weights {path} do not exist; name the file with --weights")
+    return path
+
+
+def training_samples(data: Path, kind: str, **options: Any) -> CellDataset:
+    """Return the 21 training tiles, whole ("tiles") or as their pieces ("pieces").
+
+    Args:
+        data: the folder with consep/ and consep_tiles/.
+        kind: one of the two.
+        **options: for `CellDataset`.
+
+    Raises:
+        SettingsError: if the kind is neither.
+    """
+    if kind not in FOLDERS:
+        raise SettingsError(f"train_on is {kind!r}; use tiles or pieces")
+    dataset = _samples(data, kind, held=False, **options)
+    held = set(ids_of(data / FOLDERS[kind] / "provenance.json", held=True))
+    assert held.isdisjoint(dataset.sample_ids), "a held tile is among the training samples"
+    return dataset
+
+
+def examined_samples(data: Path) -> dict[str, CellDataset]:
+    """Return what is predicted: held tiles, their pieces, and the tiles that choose the cut."""
+    every_tile = training_samples(data, "tiles")
+    return {
+        "tiles": _samples(data, "tiles", held=True),
+        "pieces": _samples(data, "pieces", held=True),
+        "tuning": every_tile.subset(every_tile.sample_ids[::TUNING_STEP]),
+    }
+
+
+def _samples(data: Path, kind: str, *, held: bool, **options: Any) -> CellDataset:
+    """Return the samples of held or of other tiles."""
+    folder = data / FOLDERS[kind]
+    return CellDataset(
+        folder / "hw3-data-release" / "train",
+        class_names=CLASS_NAMES,
+        sample_ids=ids_of(folder / "provenance.json", held=held),
+        **options,
+    )
+
+
+def predict_examined(predict: Predictor, data: Path, folder: Path) -> None:
+    """Write the records of all that is examined to `<part>.json` in a folder."""
+    for part, dataset in examined_samples(data).items():
+        write_records(folder / f"{part}.json", predict(dataset))
+
+
+def score_examined(data: Path, folder: Path) -> dict[str, Any]:
+    """Return the figures of the records that `predict_examined` wrote.
+
+    Returns:
+        dict of `tiles` and `pieces` (ap50, ap50_100, ap, ap50_per_class), `score_threshold` (the
+        cut, chosen on training tiles), and on whole tiles, all nuclei as one class, `pq`, `aji`
+        and `dice` pooled and `pq_mean`, ... as means over tiles.
+    """
+    samples = examined_samples(data)
+    truth = {part: dataset_truth(samples[part]) for part in PARTS}
+    records = {part: read_records(folder / f"{part}.json") for part in PARTS}
+    cut = choose_score_threshold(truth["tuning"], records["tuning"])
+    nuclei = score_nuclei(truth["tiles"], records["tiles"], score_threshold=cut)
+    return {
+        **{part: average_precisions(truth[part], records[part]) for part in ("tiles", "pieces")},
+        "score_threshold": cut,
+        **{name: getattr(nuclei.pooled, name) for name in NUCLEI},
+        **{f"{name}_mean": getattr(nuclei.mean, name) for name in NUCLEI},
+    }
+
+
+def average_precisions(truth: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """Return AP50 uncapped and at 100, AP, and AP50 by class."""
+    scores = vars(score_records(truth, records))
+    return {name: scores[name] for name in ("ap50", "ap50_100", "ap", "ap50_per_class")}
