@@ -28,7 +28,7 @@ CODEC_ERRORS = (
 )  # fmt: skip
 
 _LIBTIFF = imagecodecs.TIFF.available  # missing from some builds
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3
 _TIFF_PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "YCBCR"}
 
@@ -56,8 +56,8 @@ def read_pixels(
             palette, or is larger than `max_pixels`.
     """
     path = Path(path)
-    head = _read_head(path)
-    if head.startswith(_PNG_SIGNATURE):
+    head = read_head(path)
+    if head.startswith(PNG_SIGNATURE):
         return _read_png(path, head, max_pixels)
     return _read_tiff(path, invert_white, max_pixels)
 
@@ -69,14 +69,14 @@ def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, i
         DataError: as `read_pixels`, as far as the header tells.
     """
     path = Path(path)
-    head = _read_head(path)
-    if head.startswith(_PNG_SIGNATURE):
+    head = read_head(path)
+    if head.startswith(PNG_SIGNATURE):
         return _png_size(path, head, max_pixels)
     with _only_page(path, max_pixels) as page:
         return page.imagelength, page.imagewidth
 
 
-def _read_head(path: Path) -> bytes:
+def read_head(path: Path) -> bytes:
     """Return the first bytes of a file: of a PNG, up to its size and kind."""
     try:
         with path.open("rb") as file:
@@ -111,38 +111,58 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
 @contextmanager
 def _only_page(path: Path, max_pixels: int) -> Iterator[tifffile.TiffPage]:
     """Open the only page of a TIFF file, checked; what its decoding raises is a DataError."""
+    with codec_errors(path), tifffile.TiffFile(path) as tiff:
+        yield checked_page(path, tiff, max_pixels)
+
+
+@contextmanager
+def codec_errors(path: str | Path) -> Iterator[None]:
+    """Turn what tifffile and the codecs raise into a DataError that names the file."""
     try:
-        with tifffile.TiffFile(path) as tiff:
-            if not tiff.pages:
-                raise _damaged(path, "it holds no page")
-            if len(tiff.pages) > 1:
-                raise DataError(
-                    f"{path} has {len(tiff.pages)} pages; save the one that is meant as a "
-                    "file of one page"
-                )
-            page = tiff.pages[0]
-            _check_page(path, page, tiff.filehandle.size, max_pixels)
-            yield page
+        yield
     except DataError:
         raise
     except CODEC_ERRORS as error:
-        raise _damaged(path, error) from error
+        raise _damaged(Path(path), error) from error
+
+
+def checked_page(path: Path, tiff: tifffile.TiffFile, max_pixels: int) -> tifffile.TiffPage:
+    """Return the only page of an open TIFF file.
+
+    Raises:
+        DataError: if there is none or another, or it is no image that can be decoded without
+            surprises.
+    """
+    if not tiff.pages:
+        raise _damaged(path, "it holds no page")
+    if len(tiff.pages) > 1:
+        raise DataError(
+            f"{path} has {len(tiff.pages)} pages; save the one that is meant as a file of one page"
+        )
+    page = tiff.pages[0]
+    _check_page(path, page, tiff.filehandle.size, max_pixels)
+    return page
 
 
 def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     with _only_page(path, max_pixels) as page:
-        pixels = _mapped(path, page) if page.is_memmappable else _decoded(path, page)
+        pixels = map_pixels(path, page) if page.is_memmappable else _decoded(path, page)
         if pixels.shape != page.shape:
             raise _damaged(path, f"{pixels.size} values instead of {page.size}")
-        invert = invert_white and page.photometric.name == "MINISWHITE"
+        invert = invert_white and is_inverted(page)
         planar = page.axes == "SYX"
-    if invert and pixels.dtype.kind == "u":
+    if invert:
         pixels = ~pixels
     return np.moveaxis(pixels, 0, -1) if planar else pixels
 
 
-def _mapped(path: Path, page: tifffile.TiffPage) -> np.ndarray:
+def is_inverted(page: tifffile.TiffPage) -> bool:
+    """Tell whether 0 means white in a page of whole numbers."""
+    return page.photometric.name == "MINISWHITE" and page.dtype.kind == "u"
+
+
+def map_pixels(path: Path, page: tifffile.TiffPage) -> np.ndarray:
     """Return the pixels of an uncompressed page as a read-only view on the file."""
     dtype = page.dtype.newbyteorder(page.parent.byteorder)
     return np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape).view(np.ndarray)

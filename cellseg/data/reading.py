@@ -127,12 +127,26 @@ def read_image(
         DataError: if the file cannot be read or is not an image of 8 or 16 bit or 0-1.
     """
     pixels = read_pixels(path, invert_white=True, max_pixels=max_pixels)
+    return pixels_to_rgb(pixels, path, swapped=swapped)
+
+
+def pixels_to_rgb(
+    pixels: np.ndarray, path: str | Path, *, swapped: bool = False, highest: int | None = None
+) -> np.ndarray:
+    """Return pixels [H, W] or [H, W, S], as they are stored, as RGB; see `read_image`.
+
+    Args:
+        pixels: of the whole image or a window of it; white is the largest value.
+        path: the file they come from, for errors.
+        swapped: exchange the first and the third channel.
+        highest: the largest value of the whole 16-bit image; of these pixels if None.
+    """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.shape[2] not in (1, 2, 3, 4):
         raise DataError(f"{path} has {pixels.shape[2]} channels; save it as grey, RGB or RGBA")
     if pixels.dtype != np.uint8:
-        pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path)
+        pixels = _to_uint8(pixels[..., : 3 if pixels.shape[2] > 2 else 1], path, highest)
     planes = np.empty((3, *pixels.shape[:2]), np.uint8)
     _part_channels(pixels, planes[::-1] if swapped else planes)
     return planes.transpose(1, 2, 0)
@@ -150,10 +164,10 @@ def _part_channels(pixels: np.ndarray, planes: np.ndarray) -> None:
         plane[:] = pixels[..., 0 if grey else channel]
 
 
-def _to_uint8(pixels: np.ndarray, path: str | Path) -> np.ndarray:
+def _to_uint8(pixels: np.ndarray, path: str | Path, highest: int | None) -> np.ndarray:
     """Return pixels of 16 bit, or floats in 0-1, as uint8 (rule: see `read_image`)."""
     if pixels.dtype == np.uint16:
-        highest = int(pixels.max())
+        highest = int(pixels.max()) if highest is None else highest
         scale = next(full for full in (255, 4095, 65535) if highest <= full)
         return ((pixels.astype(np.uint32) * 255 + scale // 2) // scale).astype(np.uint8)
     if pixels.dtype.kind == "f":
