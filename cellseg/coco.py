@@ -125,6 +125,35 @@ def runs_to_rles(
     return [{"size": [int(size[0]), int(size[1])], "counts": string} for string in strings]
 
 
+def move_rles(rles: Sequence[Rle], offset: tuple[int, int], size: tuple[int, int]) -> list[Rle]:
+    """Return masks of a window as masks of the image that it lies in; the cost is their runs.
+
+    Args:
+        rles: N masks of one window, {size, counts}.
+        offset: (x, y) of the window in the image; it lies wholly inside.
+        size: (height, width) of the image.
+    """
+    if not rles:
+        return []
+    height = rles[0]["size"][0]
+    counts, offsets = decode_counts([rle["counts"] for rle in rles])
+    owner = np.repeat(np.arange(len(rles)), np.diff(offsets))
+    place = np.arange(len(counts)) - np.repeat(offsets[:-1], np.diff(offsets))
+    end = np.cumsum(counts)
+    end -= np.concatenate([[0], end])[offsets[:-1]][owner]  # within its own mask
+    object_run = (place % 2 == 1) & (counts > 0)
+    owner, start, end = owner[object_run], (end - counts)[object_run], end[object_run]
+    # A run may go on from the foot of a column to the head of the next: one part for each column.
+    first, last = start // height, (end - 1) // height
+    parts = last - first + 1
+    part = np.repeat(np.arange(len(parts)), parts)
+    column = first[part] + np.arange(len(part)) - np.repeat(np.cumsum(parts) - parts, parts)
+    top = np.maximum(start[part], column * height) - column * height
+    bottom = np.minimum(end[part], (column + 1) * height) - column * height
+    base = (column + offset[0]) * size[0] + offset[1]
+    return runs_to_rles(owner[part], base + top, base + bottom, len(rles), size)
+
+
 def instance_map_to_rles(instance_map: np.ndarray, num_instances: int) -> list[Rle]:
     """Return one RLE per instance of a map; the cost is the number of pixels.
 

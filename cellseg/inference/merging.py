@@ -137,12 +137,15 @@ def _agreement(scores: np.ndarray, weight: np.ndarray) -> list[float]:
     return np.maximum(best - losses.sum(axis=1) / math.fsum(weight), 0).tolist()
 
 
-def find_owners(records: Sequence[Record], *, iou_threshold: float) -> np.ndarray:
+def find_owners(
+    records: Sequence[Record], *, iou_threshold: float, sources: np.ndarray | None = None
+) -> np.ndarray:
     """Return for each record of one image the one that stands for it after suppression.
 
     Args:
         records: the records of one image, best first (`record_order`).
         iou_threshold: in 0-1.
+        sources: int [N]; records of one source do not cover each other. None: any may.
 
     Returns:
         int64 [N]: the record's own index if it is kept; else the index of the best record of its
@@ -152,6 +155,8 @@ def find_owners(records: Sequence[Record], *, iou_threshold: float) -> np.ndarra
     classes = np.array([record["category_id"] for record in records])
     first, second = box_neighbours(masks.boxes, classes)
     possible = masks.iou_limits(first, second) > iou_threshold
+    if sources is not None:
+        possible &= sources[first] != sources[second]
     first, second = first[possible], second[possible]
     owners = np.arange(len(records))
     undecided = np.ones(len(records), dtype=bool)

@@ -1,11 +1,8 @@
 """A model and an image -> COCO records."""
 
-from collections.abc import Iterable, Sized
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cellseg.coco import Record, make_records, rle_area, sort_records
 from cellseg.inference.pasting import masks_to_rles
@@ -36,20 +33,33 @@ def predict_image(
     Raises:
         ValueError: if the image is not [3, H, W] or the model is in training mode.
     """
+    image = as_tensor(image)
+    return detections_to_records(
+        detect(model, image),
+        (image.shape[-2], image.shape[-1]),
+        image_id=image_id,
+        score_threshold=score_threshold,
+        mask_threshold=mask_threshold,
+    )
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Return the detections of one image, on the model's device; see `detections_to_records`.
+
+    Raises:
+        ValueError: if the image is not [3, H, W] or the model is in training mode.
+    """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        detection = model([image.to(device)])[0]
-        return detections_to_records(
-            detection,
-            (image.shape[-2], image.shape[-1]),
-            image_id=image_id,
-            score_threshold=score_threshold,
-            mask_threshold=mask_threshold,
-        )
+    return model([image.to(next(model.parameters()).device)])[0]
+
+
+def as_tensor(image: Tensor | np.ndarray) -> Tensor:
+    """Return an image as [3, H, W]; an array is [H, W, 3], as `read_image` returns it."""
+    if isinstance(image, Tensor):
+        return image
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def detections_to_records(
@@ -85,41 +95,4 @@ def detections_to_records(
         [scores[index] for index in filled],
         [rles[index] for index in filled],
     )
-    return sort_records(records)
-
-
-def predict_images(
-    model: nn.Module,
-    images: Iterable[tuple[Tensor, int]],
-    *,
-    score_threshold: float = 0.05,
-    mask_threshold: float = 0.5,
-    progress: bool = True,
-) -> list[Record]:
-    """Return the records of many images, in the order of `sort_records`.
-
-    Args:
-        model: Mask R-CNN of this package; put into eval mode for the time of the call.
-        images: pairs of an image (uint8 [3, H, W], RGB) and its image_id.
-        score_threshold: see `predict_image`.
-        mask_threshold: see `predict_image`.
-        progress: show a bar with the time left.
-    """
-    was_training = model.training
-    model.eval()
-    total = len(images) if isinstance(images, Sized) else None
-    records = []
-    try:
-        for image, image_id in tqdm(
-            images, total=total, desc="predict", unit="image", disable=not progress, leave=False
-        ):
-            records += predict_image(
-                model,
-                image,
-                image_id=image_id,
-                score_threshold=score_threshold,
-                mask_threshold=mask_threshold,
-            )
-    finally:
-        model.train(was_training)
     return sort_records(records)
