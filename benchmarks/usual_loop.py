@@ -18,7 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 
-from cellseg.models.builders import ANCHOR_SIZES, ASPECT_RATIOS
+from cellseg.models.options import ANCHOR_SIZES, ASPECT_RATIOS
 
 LEVELS = ["0", "1", "2", "3"]
 

@@ -238,7 +238,7 @@ BAD_OPTIONS = [
     ({"anchor_sizes": (8, 16)}, r"anchor_sizes=\[8, 16\]: 5 positive sizes, one a level"),
     ({"anchor_sizes": (0, 8, 16, 32, 64)}, "5 positive sizes"),
     ({"image_scale": 0}, "image_scale=0: greater than 0"),
-    ({"norm": "group"}, "norm='group': one of auto, frozen, trained"),
+    ({"norm": "group"}, "norm='group': one of auto, frozen, heads, trained"),
     ({"trainable_stages": 6}, "trainable_stages=6: 0-5"),
     ({"score_threshold": 5}, "score_threshold=5: 0 to 1"),
     ({"nms_threshold": -0.1}, "nms_threshold=-0.1: 0 to 1"),

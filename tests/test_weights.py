@@ -7,12 +7,13 @@ from urllib.error import URLError
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch import nn
 from torchvision import models as zoo
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg.errors import WeightsError
-from cellseg.models import get_model_mobilenetv2, get_model_resnet50v2
+from cellseg.models import build_from_spec, get_model_mobilenetv2, get_model_resnet50v2
 from cellseg.models.weights import read_weights
 
 CLASS_HEADS = {
@@ -88,6 +89,34 @@ def test_a_detector_of_the_same_classes_is_kept_whole(coco_like, tmp_path):
     _, path = coco_like
     model = get_model_resnet50v2(91, weights=path, norm="trained")
     assert "coco_like.pth: all" in model.provenance and "re-made" not in model.provenance
+
+
+def kinds_of_norms(model):
+    """Return the types of the norms in the backbone, and of those in FPN and heads."""
+    kinds = {True: set(), False: set()}
+    for name, module in model.named_modules():
+        if "BatchNorm" in type(module).__name__:
+            kinds[name.startswith("backbone.body.")].add(type(module))
+    return kinds[True], kinds[False]
+
+
+def test_norms_that_came_without_statistics_learn(coco_like, tmp_path):
+    """A random layer behind a frozen norm is one without a norm."""
+    resnet = save(tmp_path / "resnet50.pth", zoo.resnet50(weights=None).state_dict())
+    narrow = {"head_width": 32, "proposals": 50}
+    backbone = get_model_resnet50v2(3, weights=resnet, **narrow)
+    assert kinds_of_norms(backbone) == ({FrozenBatchNorm2d}, {nn.BatchNorm2d})
+    assert backbone.spec["arguments"]["norm"] == "heads"
+    whole = get_model_resnet50v2(3, weights=coco_like[1], **narrow)
+    assert kinds_of_norms(whole) == ({FrozenBatchNorm2d}, {FrozenBatchNorm2d})
+    assert whole.spec["arguments"]["norm"] == "frozen"
+    # Of a detector of another width only the backbone's norms fit; of another depth, not all.
+    for other in ({"fpn_channels": 32}, {"mask_layers": 5}):
+        part = get_model_resnet50v2(3, weights=coco_like[1], **narrow, **other)
+        assert kinds_of_norms(part) == ({FrozenBatchNorm2d}, {nn.BatchNorm2d})
+    again = build_from_spec(backbone.spec)
+    again.load_state_dict(backbone.state_dict())
+    assert kinds_of_norms(again) == kinds_of_norms(backbone)
 
 
 def test_a_detector_for_another_network_is_refused(coco_like):

@@ -2,13 +2,13 @@
 
 from cellseg.models.builders import (
     BUILDERS,
-    DetectorOptions,
     build_from_spec,
     count_trainable_parameters,
     get_model_mobilenetv2,
     get_model_resnet50v2,
     get_model_resnext50,
 )
+from cellseg.models.options import DetectorOptions
 
 __all__ = [
     "BUILDERS",

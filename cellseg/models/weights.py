@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cellseg.errors import WeightsError
 
+BODY_PREFIX = "backbone.body."  # of the names of a detector's tensors before its FPN
 UNIMPORTANT = "num_batches_tracked"  # not there with frozen norms, and not needed
 
 # What torch.load raises for files that are damaged, foreign, or would run code.
@@ -136,7 +137,7 @@ def load_detector(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     """
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    body = [k for k in own if k.startswith("backbone.body.") and not k.endswith(UNIMPORTANT)]
+    body = [k for k in own if k.startswith(BODY_PREFIX) and not k.endswith(UNIMPORTANT)]
     lost = [key for key in body if key not in fitting]
     if lost:
         raise WeightsError(

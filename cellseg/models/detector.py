@@ -1,0 +1,116 @@
+"""A detector around a backbone, composed of parts that are handed to constructors."""
+
+from torch import nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from cellseg.models.bodies import BodyMaker
+from cellseg.models.heads import (
+    CellRoIHeads,
+    CellRPN,
+    Float32Anchors,
+    Float32BoxPredictor,
+    Float32RPNHead,
+    PyramidRoIAlign,
+)
+from cellseg.models.options import ASPECT_RATIOS, DetectorOptions
+from cellseg.models.transform import CellTransform
+
+# Of the backbone and of the heads, by `DetectorOptions.norm`.
+NORM_LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "frozen": (FrozenBatchNorm2d, FrozenBatchNorm2d),
+    "heads": (FrozenBatchNorm2d, nn.BatchNorm2d),
+    "trained": (nn.BatchNorm2d, nn.BatchNorm2d),
+}
+
+
+def compose(
+    make_body: BodyMaker, options: DetectorOptions, num_classes: int, *, deep_heads: bool
+) -> GeneralizedRCNN:
+    """Return the detector around a backbone, with random weights, its first stages frozen.
+
+    Args:
+        make_body: makes the backbone, given the type of its norms.
+        options: how to build it; its norm is any but "auto".
+        num_classes: number of classes, background included.
+        deep_heads: norms in the FPN, two convolutions in the RPN, four and norms in the box head,
+            as Li et al. (Benchmarking Detection Transfer Learning with Vision Transformers, 2021)
+            have them and torchvision's v2 detector.
+    """
+    body_norm, norm = NORM_LAYERS[options.norm]
+    body, head_norm = make_body(body_norm), norm if deep_heads else None
+    backbone = BackboneWithFPN(
+        body.network,
+        body.taps,
+        body.channels,
+        options.fpn_channels,
+        extra_blocks=LastLevelMaxPool(),
+        norm_layer=head_norm,
+    )
+    for stage in body.stages[: len(body.stages) - options.trainable_stages]:
+        for module in stage:
+            module.requires_grad_(False)
+    return GeneralizedRCNN(
+        backbone,
+        _rpn(options, deep=deep_heads),
+        _roi_heads(options, num_classes, head_norm),
+        CellTransform(options.image_scale),
+    )
+
+
+def _rpn(options: DetectorOptions, *, deep: bool) -> CellRPN:
+    """Return the region proposal network."""
+    sizes = tuple((size,) for size in options.anchor_sizes)
+    anchors = Float32Anchors(sizes, (ASPECT_RATIOS,) * len(sizes))
+    head = Float32RPNHead(
+        options.fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2 if deep else 1
+    )
+    kept = {"training": options.proposals, "testing": options.proposals}
+    return CellRPN(
+        anchors,
+        head,
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=options.rpn_samples,
+        positive_fraction=0.5,
+        pre_nms_top_n=kept,
+        post_nms_top_n=kept,
+        nms_thresh=0.7,
+    )
+
+
+def _roi_heads(
+    options: DetectorOptions, num_classes: int, norm_layer: type[nn.Module] | None
+) -> CellRoIHeads:
+    """Return box and mask heads: with a norm layer the deep ones of the v2 detector."""
+    channels, width = options.fpn_channels, options.head_width
+    size = options.box_roi_size
+    if norm_layer is None:
+        box_head: nn.Module = TwoMLPHead(channels * size**2, width)
+    else:
+        box_head = FastRCNNConvFCHead(
+            (channels, size, size), [channels] * 4, [width], norm_layer=norm_layer
+        )
+    return CellRoIHeads(
+        PyramidRoIAlign(size),
+        box_head,
+        Float32BoxPredictor(width, num_classes),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=options.rois_per_image,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=options.score_threshold,
+        nms_thresh=options.nms_threshold,
+        detections_per_img=options.detections_per_image,
+        mask_roi_pool=PyramidRoIAlign(options.mask_roi_size),
+        mask_head=MaskRCNNHeads(
+            channels, [channels] * options.mask_layers, 1, norm_layer=norm_layer
+        ),
+        mask_predictor=MaskRCNNPredictor(channels, channels, num_classes),
+        mask_rois=options.mask_rois,
+    )
