@@ -243,6 +243,7 @@ def test_contrast_is_the_distance_from_the_mean_grey(monkeypatch):
         ({"crop_size": 0}, "crop_size is 0"),
         ({"scale_range": (0, 1)}, r"scale_range is \(0, 1\)"),
         ({"scale_range": (1.2, 0.8)}, "smallest <= largest"),
+        ({"stain": -0.1}, "stain is -0.1"),
         ({"color": 1.5}, "color is 1.5"),
         ({"min_visible": -0.1}, "min_visible is -0.1"),
     ],

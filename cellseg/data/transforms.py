@@ -10,6 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from cellseg.data.runs import draw_runs, find_runs, measure_runs
+from cellseg.data.stain import is_light_background, jitter_stain, weigh_channels
 from cellseg.errors import SettingsError
 
 Target = dict[str, Any]
@@ -36,7 +37,7 @@ class Placement:
 
 
 class TrainTransform:
-    """Random scale, crop, flips, quarter turns and colour, drawn from a generator handed in.
+    """Random scale, crop, flips, quarter turns, stain and colour, drawn from a given generator.
 
     The crop is cut before it is scaled, so that the cost is that of the crop (and of one count
     over the whole map), whatever the number of cells. No crop is padded: an image that is smaller
@@ -49,6 +50,7 @@ class TrainTransform:
         crop_size: int = 512,
         scale_range: tuple[float, float] = (0.8, 1.25),
         flip: bool = True,
+        stain: float = 0.0,
         color: float = 0.2,
         min_visible: float = 0.25,
     ) -> None:
@@ -59,6 +61,9 @@ class TrainTransform:
             scale_range: smallest and largest factor of magnification, drawn evenly in its
                 logarithm; (1, 1) for none.
             flip: whether to draw one of the eight flips and quarter turns of the square.
+            stain: the amounts of haematoxylin and eosin are multiplied by a factor from 1 - stain
+                to 1 + stain and shifted by up to `stain` (see `jitter_stain`), in images of light
+                background (see `is_light_background`); 0 for none.
             color: brightness, contrast and saturation are multiplied by a factor from 1 - color
                 to 1 + color, the hue is turned by up to `HUE_SHARE` of it; 0 for none.
             min_visible: drop a cell of which less than this share of its area is in the crop.
@@ -71,12 +76,14 @@ class TrainTransform:
             raise SettingsError(f"crop_size is {crop_size}; it must be 1 pixel or more")
         if not 0 < low <= high:
             raise SettingsError(f"scale_range is {scale_range}; it must be 0 < smallest <= largest")
-        for name, value in (("color", color), ("min_visible", min_visible)):
+        shares = {"stain": stain, "color": color, "min_visible": min_visible}
+        for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise SettingsError(f"{name} is {value}; it must lie in 0-1")
         self.crop_size = crop_size
         self.scale_range = (low, high)
         self.flip = flip
+        self.stain = stain
         self.color = color
         self.min_visible = min_visible
 
@@ -97,12 +104,14 @@ class TrainTransform:
         labels, instance_map = target["labels"], target["instance_map"]
         placement = self.draw_placement(image.shape[-2:], generator)
         full_areas = count_areas(instance_map, len(labels)) * placement.scale**2
-        image = place(image, placement, InterpolationMode.BILINEAR)
-        instance_map = place(instance_map, placement, InterpolationMode.NEAREST_EXACT)
+        crop = place(image, placement, InterpolationMode.BILINEAR)
+        if self.stain and is_light_background(image, instance_map):
+            crop = jitter_stain(crop, self.stain, generator)
         if self.color:
-            image = jitter_color(image, self.color, generator)
-        cells = update_target(instance_map, labels, full_areas, self.min_visible)
-        return image.contiguous(), {**target, **cells}
+            crop = jitter_color(crop, self.color, generator)
+        map_crop = place(instance_map, placement, InterpolationMode.NEAREST_EXACT)
+        cells = update_target(map_crop, labels, full_areas, self.min_visible)
+        return crop.contiguous(), {**target, **cells}
 
     def draw_placement(self, shape: tuple[int, int], generator: torch.Generator) -> Placement:
         """Return scale, crop and turn for an image of shape [H, W]."""
@@ -214,17 +223,11 @@ def color_matrix(saturation: float, hue: float) -> np.ndarray:
 
 
 def mix_channels(image: torch.Tensor, matrix: np.ndarray, offset: float) -> torch.Tensor:
-    """Return a uint8 image [3, H, W] of matrix @ channels + offset, rounded, clipped to 0-255.
-
-    Each product and each sum is an operation of its own in float32, so that the result does not
-    depend on the number of threads or on what a processor can fuse.
-    """
+    """Return a uint8 image [3, H, W] of matrix @ channels + offset, rounded, clipped to 0-255."""
     channels = [channel.astype(np.float32) for channel in image.numpy()]
     mixed = np.empty_like(image.numpy())
-    for factors, out in zip(matrix.tolist(), mixed, strict=True):
-        total = np.full_like(channels[0], offset + 0.5)
-        for channel, factor in zip(channels, factors, strict=True):
-            total += channel * factor
+    for factors, out in zip(matrix, mixed, strict=True):
+        total = weigh_channels(channels, factors, offset + 0.5)
         np.copyto(out, np.clip(total, 0, 255, out=total), casting="unsafe")
     return torch.from_numpy(mixed)
 
