@@ -11,10 +11,10 @@ endif
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast chaos fuzz lint bench report
+.PHONY: help run test test-fast chaos fuzz lint bench bench-accuracy report
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -45,6 +45,9 @@ lint: $(STAMP) ## check style and format, the notebook included
 
 bench: $(STAMP) ## time and compare every stage with the usual way; writes benchmarks/results.md
 	$(PY) -m benchmarks.run
+
+bench-accuracy: $(STAMP) ## train two recipes on real tissue, 45 minutes each, and compare their scores
+	@$(PY) -m benchmarks.accuracy
 
 report: $(STAMP) ## write report.pdf of a run: make report RUN=runs/sample/NAME
 	@test -n "$(RUN)" || { echo "which run? make report RUN=runs/NAME"; exit 1; }

@@ -21,11 +21,16 @@ def ids_of(provenance: Path, *, held: bool) -> list[str]:
             under `tile`, or under `source` where the tile is whole.
         held: whether held tiles are wanted.
     """
-    entries = json.loads(provenance.read_text(encoding="utf-8"))["images"]
-    tiles = {entry["uuid"]: entry.get("tile", entry.get("source")) for entry in entries}
+    tiles = tiles_of(provenance)
     train_dir = provenance.parent / "hw3-data-release" / "train"
     names = (folder.name for folder in train_dir.iterdir() if folder.name in tiles)
     return sorted(name for name in names if (tiles[name] in HELD) == held)
+
+
+def tiles_of(provenance: Path) -> dict[str, str]:
+    """Return the tile that each image was cut from, or is, by folder name."""
+    entries = json.loads(provenance.read_text(encoding="utf-8"))["images"]
+    return {entry["uuid"]: entry.get("tile", entry.get("source")) for entry in entries}
 
 
 def main() -> None:

@@ -1,16 +1,22 @@
 """CoNSeP's training and held tiles: what every recipe is trained on, and the score it gets."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.consep_ids import ids_of
+from benchmarks.consep_ids import ids_of, tiles_of
 from cellseg.coco import Record, read_records, write_records
 from cellseg.data import CellDataset
 from cellseg.errors import SettingsError
-from cellseg.evaluation import dataset_truth, score_records
-from cellseg.evaluation.nuclei import choose_score_threshold, score_nuclei
+from cellseg.evaluation import (
+    choose_score_threshold,
+    compare_records,
+    dataset_truth,
+    image_bootstrap,
+    score_nuclei,
+    score_records,
+)
 
 CLASS_NAMES = ("epithelial", "inflammatory", "spindle", "other")
 FOLDERS = {"tiles": "consep_tiles", "pieces": "consep"}
@@ -19,6 +25,7 @@ TUNING_STEP = 6  # every sixth training tile: four of them choose the score cut
 PARTS = ("tiles", "pieces", "tuning")
 NUCLEI = ("pq", "aji", "dice")
 
+Truth = dict[str, Any]
 Predictor = Callable[[CellDataset], list[Record]]
 
 
@@ -104,10 +111,10 @@ def score_examined(data: Path, folder: Path) -> dict[str, Any]:
     Returns:
         dict of `tiles` and `pieces` (ap50, ap50_100, ap, ap50_per_class), `score_threshold` (the
         cut, chosen on training tiles), and on whole tiles, all nuclei as one class, `pq`, `aji`
-        and `dice` pooled and `pq_mean`, ... as means over tiles.
+        and `dice` pooled and `pq_mean`, ... as means over tiles; `intervals`: [low, high] of
+        some of them by draws of tiles.
     """
-    samples = examined_samples(data)
-    truth = {part: dataset_truth(samples[part]) for part in PARTS}
+    truth = examined_truth(data)
     records = {part: read_records(folder / f"{part}.json") for part in PARTS}
     cut = choose_score_threshold(truth["tuning"], records["tuning"])
     nuclei = score_nuclei(truth["tiles"], records["tiles"], score_threshold=cut)
@@ -116,10 +123,71 @@ def score_examined(data: Path, folder: Path) -> dict[str, Any]:
         "score_threshold": cut,
         **{name: getattr(nuclei.pooled, name) for name in NUCLEI},
         **{f"{name}_mean": getattr(nuclei.mean, name) for name in NUCLEI},
+        "intervals": tile_intervals(data, truth, records, cut),
     }
 
 
-def average_precisions(truth: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+def examined_truth(data: Path) -> dict[str, Truth]:
+    """Return the truth of all that is examined."""
+    return {part: dataset_truth(dataset) for part, dataset in examined_samples(data).items()}
+
+
+def tile_intervals(
+    data: Path, truth: Mapping[str, Truth], records: Mapping[str, list[Record]], cut: float
+) -> dict[str, list[float | None]]:
+    """Return 95 % intervals over the held tiles, [low, high] by name."""
+    wanted = {"tiles": ("ap50", *NUCLEI), "pieces": ("ap50",)}
+    groups = {"tiles": None, "pieces": tile_of_pieces(data)}
+    return {
+        name if name in NUCLEI else f"{part}_{name}": [interval.low, interval.high]
+        for part, statistics in wanted.items()
+        for name, interval in image_bootstrap(
+            truth[part],
+            records[part],
+            statistics=statistics,
+            score_threshold=cut,
+            groups=groups[part],
+        ).items()
+    }
+
+
+def tile_differences(data: Path, before: Path, after: Path) -> dict[str, str]:
+    """Return by how much the records in one folder score better than those in another.
+
+    Both are scored on the same draws of tiles, each at its own score cut.
+
+    Returns:
+        a sentence with the difference and its 95 % interval by name, as in `tile_intervals`.
+    """
+    truth = examined_truth(data)
+    folders = (before, after)
+    records = {
+        part: [read_records(folder / f"{part}.json") for folder in folders] for part in PARTS
+    }
+    cuts = tuple(choose_score_threshold(truth["tuning"], found) for found in records["tuning"])
+    names = (before.name, after.name)
+    sentences = {
+        name: compare_records(
+            truth["tiles"], *records["tiles"], statistic=name, score_thresholds=cuts, names=names
+        ).sentence
+        for name in ("ap50", *NUCLEI)
+    }
+    groups = tile_of_pieces(data)
+    pieces = compare_records(truth["pieces"], *records["pieces"], names=names, groups=groups)
+    return {"tiles_ap50": sentences.pop("ap50"), "pieces_ap50": pieces.sentence, **sentences}
+
+
+def tile_of_pieces(data: Path) -> dict[int, str]:
+    """Return the tile that each held piece was cut from, by image_id."""
+    pieces = _samples(data, "pieces", held=True)
+    tiles = tiles_of(data / FOLDERS["pieces"] / "provenance.json")
+    return {
+        image_id: tiles[name]
+        for name, image_id in zip(pieces.sample_ids, pieces.image_ids, strict=True)
+    }
+
+
+def average_precisions(truth: Truth, records: Sequence[Record]) -> dict[str, Any]:
     """Return AP50 uncapped and at 100, AP, and AP50 by class."""
     scores = vars(score_records(truth, records))
     return {name: scores[name] for name in ("ap50", "ap50_100", "ap", "ap50_per_class")}

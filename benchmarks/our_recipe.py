@@ -132,11 +132,12 @@ def train_ours(
     for _ in fit(model, *loaders, run_dir=run.path, **options, **parts["fit"]):
         pass
     history = read_history(run.path)
+    seconds, budget = sum(epoch.seconds for epoch in history), recipe.get("time_budget")
     return Training(
         steps=history[-1].step,
-        seconds=sum(epoch.seconds for epoch in history),
+        seconds=seconds,
         peak_memory_mb=history[-1].peak_memory_mb,
-        ended_by="time" if recipe.get("time_budget") else "epochs",
+        ended_by="time" if budget and seconds >= budget else "epochs",
     )
 
 

@@ -17,6 +17,7 @@ the time budget.
     python -m benchmarks.screen NAME --of EARLIER [--set nms_threshold=0.6 ...]
 
 trains nothing: it predicts anew with the weights of an earlier screen, for levers of prediction.
+With `--against EARLIER` the line holds the paired differences from an earlier screen, too.
 """
 
 import argparse
@@ -36,10 +37,16 @@ from unittest import mock
 import torch
 from torch import nn
 
-from benchmarks.held_tissue import data_folder, predict_examined, score_examined, weights_file
+from benchmarks.held_tissue import (
+    data_folder,
+    predict_examined,
+    score_examined,
+    tile_differences,
+    weights_file,
+)
 from benchmarks.our_recipe import LAPTOP, our_predictor, sort_settings, train_ours
 from cellseg.errors import CellsegError, SettingsError
-from cellseg.models.builders import build_from_spec
+from cellseg.models import build_from_spec
 from cellseg.training import load_model, read_checkpoint
 
 fit_module = importlib.import_module("cellseg.training.fit")  # `cellseg.training.fit` is `fit`
@@ -81,13 +88,7 @@ def screened_recipe(overrides: dict[str, Any], minutes: float) -> dict[str, Any]
 
 
 def remade_model(checkpoint: Path, overrides: dict[str, Any]) -> nn.Module:
-    """Return the averaged model of a checkpoint, made with some of the builder's options changed.
-
-    Raises:
-        SettingsError: if there is no such checkpoint.
-    """
-    if not checkpoint.is_file():
-        raise SettingsError(f"{checkpoint} does not exist; name an earlier screen with --of")
+    """Return the averaged model of a checkpoint, with some of the builder's options changed."""
     content = read_checkpoint(checkpoint)
     spec = content["spec"]
     arguments = spec["arguments"] | sort_settings(overrides)["builder"]
@@ -157,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of processor time a thread")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--of", help="predict with the weights of this earlier screen")
+    parser.add_argument("--against", help="say the differences from this earlier screen")
     parser.add_argument("--keep", type=Path, default=KEEP, help="folder of screens and their list")
     parser.add_argument("--weights", type=Path, help="file of ImageNet weights")
     options = parser.parse_args(arguments)
@@ -173,16 +175,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_screen(options: argparse.Namespace) -> dict[str, Any]:
     """Return the line of a screen that the command line describes."""
     data, overrides = data_folder(), read_overrides(options.set)
-    folder = options.keep / "screens" / options.name
+    screens = options.keep / "screens"
+    folder = screens / options.name
+    for earlier in filter(None, (options.of, options.against)):
+        if not (screens / earlier).is_dir():
+            raise SettingsError(f"there is no screen {earlier!r} in {screens}; make it first")
+    line = {
+        "name": options.name,
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "of": options.of,
+        "overrides": overrides,
+        "threads": options.threads,
+    }
     if options.of:
-        earlier = options.keep / "screens" / options.of
-        figures = screen_prediction(overrides, data, earlier, folder, threads=options.threads)
+        line |= screen_prediction(
+            overrides, data, screens / options.of, folder, threads=options.threads
+        )
     else:
         recipe = screened_recipe(overrides, options.minutes)
         weights = weights_file(data, options.weights)
-        figures = screen(recipe, data, weights, folder, threads=options.threads)
-    about = {"name": options.name, "date": datetime.now(UTC).isoformat(timespec="minutes")}
-    return about | {"of": options.of, "overrides": overrides, "threads": options.threads} | figures
+        line |= screen(recipe, data, weights, folder, threads=options.threads)
+    if options.against:
+        line["differences"] = tile_differences(data, screens / options.against, folder)
+    return line
 
 
 if __name__ == "__main__":
