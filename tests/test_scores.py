@@ -6,10 +6,12 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cellseg.coco import make_record, mask_to_rle
+from cellseg.coco import make_record, mask_to_rle, rle_area
 from cellseg.errors import RecordsError
 from cellseg.evaluation import (
     confusion_matrix,
@@ -222,6 +224,66 @@ def test_equals_pycocotools_at_100_and_uncapped(seed):
     assert uncapped == pytest.approx(pycocotools_scores(truth, records, cap=1000), abs=1e-9)
     assert 0 < scores.ap < scores.ap50 < 1
     assert (truth, records) == before
+
+
+def _dense_scene(seed, images, ties):
+    """Return truth and records of overlapping rectangles whose scores take few values."""
+    generator = np.random.default_rng(seed)
+
+    def boxes(number):
+        corner = generator.integers(0, (WIDTH - 8, HEIGHT - 6), (number, 2))
+        return np.concatenate([corner, corner + generator.integers(3, 9, (number, 2))], axis=1)
+
+    truth, records = truth_of(*[[]] * images), []
+    for image_id in generator.permutation(images).tolist():
+        cells = boxes(generator.integers(0, 25))
+        found = np.concatenate([boxes(20), np.repeat(cells, 2, axis=0)])
+        moved = found + generator.integers(-1, 2, found.shape)
+        for box in cells.tolist():
+            label, mask = int(generator.integers(1, 3)), rle(*box)
+            cell = {"id": len(truth["annotations"]) + 1, "image_id": image_id + 1, "iscrowd": 0}
+            cell |= {"category_id": label, "segmentation": mask, "area": int(rle_area([mask])[0])}
+            truth["annotations"].append(cell)
+        for box in moved[generator.random(len(moved)) < 0.8].clip(0).tolist():
+            score = float(generator.integers(1, ties + 1)) / ties
+            records.append(record(int(generator.integers(1, 4)), score, box, image_id + 1))
+    order = generator.permutation(len(records))
+    return truth, [records[k] for k in order]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from([1, 2, 5, 100]))
+def test_dense_and_tied_records_score_as_with_pycocotools(seed, images, ties):
+    truth, records = _dense_scene(seed, images, ties)
+    if not truth["annotations"] or not records:
+        return
+    scores = score_records(truth, records)
+    assert [scores.ap_100, scores.ap50_100, scores.ap75_100] == pytest.approx(
+        pycocotools_scores(truth, records), abs=1e-9
+    )
+
+
+def test_of_equal_ious_the_last_cell_is_taken_as_in_pycocotools():
+    # The first record lies in the middle of two cells, the second on the latter alone.
+    truth = truth_of([(1, LEFT), (1, RIGHT)])
+    for cell, box in zip(truth["annotations"], [(2, 3, 12, 13), (4, 3, 14, 13)], strict=True):
+        cell["segmentation"] = rle(*box)
+    records = [record(1, 0.9, (3, 3, 13, 13)), record(1, 0.8, (5, 3, 15, 13))]
+    scores = score_records(truth, records)
+    expected = pycocotools_scores(truth, records)
+    assert [scores.ap, scores.ap50, scores.ap75] == pytest.approx(expected, abs=1e-9)
+
+
+def test_records_in_a_crowd_are_ignored_as_in_pycocotools():
+    truth = truth_of([(1, LEFT), (1, RIGHT)])
+    truth["annotations"][1] |= {"iscrowd": 1, "segmentation": rle(15, 0, 40, 24)}
+    in_crowd = [record(1, 0.95, MIDDLE), record(1, 0.9, RIGHT)]
+    half_in = record(1, 0.85, (10, 3, 20, 13))  # half of it lies in the crowd
+    records = [*in_crowd, half_in, record(1, 0.8, LEFT), record(2, 0.7, RIGHT)]
+    scores = score_records(truth, records)
+    expected = pycocotools_scores(truth, records)
+    assert [scores.ap, scores.ap50, scores.ap75] == pytest.approx(expected, abs=1e-9)
+    assert (scores.ap50, scores.ap75) == pytest.approx((1.0, 0.5))
 
 
 def test_the_cap_counts_per_image_and_class():

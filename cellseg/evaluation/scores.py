@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core.coco import COCO
-from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from tqdm.auto import tqdm
 
 from cellseg.coco import Record, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
+from cellseg.evaluation.matches import average_precision, match_records
 from cellseg.inference.merging import MaskLine, box_neighbours, group_by_image
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
+AT_50, AT_75 = 0, 5  # of the ten IoUs
 Truth = dict[str, Any]
 
 
@@ -45,11 +45,16 @@ class Scores:
             ("AP", self.ap, self.ap_100),
             *((f"AP50, {name}", value, None) for name, value in self.ap50_per_class.items()),
         ]
-        lines = ["| | uncapped | at 100 |", "|---|---|---|"]
-        for name, *values in rows:
-            shown = ["-" if value is None else f"{value:.3f}" for value in values]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
-        return "\n".join(lines)
+        return scores_table(("uncapped", "at 100"), rows)
+
+
+def scores_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows (name, score, ...) as a Markdown table; a score of None is shown as "-"."""
+    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
+    for name, *values in rows:
+        shown = ["-" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def dataset_truth(dataset: Any, *, progress: bool = False) -> Truth:
@@ -106,7 +111,7 @@ def truth_from_targets(targets: Iterable[Mapping[str, Any]], class_names: Sequen
 
 
 def score_records(truth: Truth, records: Sequence[Record]) -> Scores:
-    """Return the average precision of records, uncapped and at 100 from one evaluation.
+    """Return the average precision of records, uncapped and at 100 from one matching.
 
     Equal to pycocotools at 100 to 1e-9. Nothing predicted scores 0; no truth at all scores None.
     Equal scores rank in the order given, as in pycocotools.
@@ -118,30 +123,28 @@ def score_records(truth: Truth, records: Sequence[Record]) -> Scores:
     Raises:
         RecordsError: if a record's image, class or mask size is not the truth's.
     """
-    _check_fit(truth, records)
+    check_fit(truth, records)
     per_class = {category["name"]: None for category in truth["categories"]}
     if not truth["annotations"]:
         return Scores(None, None, None, None, None, None, per_class)
-    evaluation = _evaluate(truth, records)
-    # [IoU, recall, class, area range, cap]; -1 where a class has no truth.
-    precision = evaluation.eval["precision"][:, :, :, 0, :]
-    half, three_quarters = (np.isclose(evaluation.params.iouThrs, at) for at in (0.5, 0.75))
+    matches = match_records(truth, records)
+    uncapped = average_precision(matches)
+    at_100 = average_precision(matches, cap=COCO_CAP)
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    for k, category_id in enumerate(evaluation.params.catIds):
-        per_class[names[category_id]] = _mean(precision[half, :, k, 1])
-    at_100, uncapped = precision[..., 0], precision[..., 1]
+    for category_id, ap50 in zip(matches.category_ids.tolist(), uncapped[:, AT_50], strict=True):
+        per_class[names[category_id]] = mean_or_none(ap50)
     return Scores(
-        ap=_mean(uncapped),
-        ap50=_mean(uncapped[half]),
-        ap75=_mean(uncapped[three_quarters]),
-        ap_100=_mean(at_100),
-        ap50_100=_mean(at_100[half]),
-        ap75_100=_mean(at_100[three_quarters]),
+        ap=mean_or_none(uncapped),
+        ap50=mean_or_none(uncapped[:, AT_50]),
+        ap75=mean_or_none(uncapped[:, AT_75]),
+        ap_100=mean_or_none(at_100),
+        ap50_100=mean_or_none(at_100[:, AT_50]),
+        ap75_100=mean_or_none(at_100[:, AT_75]),
         ap50_per_class=per_class,
     )
 
 
-def _check_fit(truth: Truth, records: Iterable[Record]) -> None:
+def check_fit(truth: Truth, records: Iterable[Record]) -> None:
     """Raise RecordsError for the first record that does not belong to the truth."""
     sizes = {image["id"]: [image["height"], image["width"]] for image in truth["images"]}
     classes = {category["id"] for category in truth["categories"]}
@@ -159,28 +162,9 @@ def _check_fit(truth: Truth, records: Iterable[Record]) -> None:
         raise RecordsError(message, [f"record {index}: {fault}"])
 
 
-def _evaluate(truth: Truth, records: Sequence[Record]) -> COCOeval_faster:
-    """Run faster-coco-eval over all areas, at 100 and at as many records as there are."""
-    # It writes into the dicts that it is given, and takes an annotation id of 0 for "no match".
-    annotations = [{**entry, "id": k} for k, entry in enumerate(truth["annotations"], start=1)]
-    images = [dict(image) for image in truth["images"]]
-    gt = COCO({**truth, "images": images, "annotations": annotations})
-    detections = gt.loadRes([dict(record) for record in records])
-    evaluation = COCOeval_faster(gt, detections, "segm", print_function=_silent)
-    evaluation.params.maxDets = [COCO_CAP, max(COCO_CAP + 1, len(records))]
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
-
-
-def _silent(*_: object) -> None:
-    """Take what would be printed."""
-
-
-def _mean(precision: np.ndarray) -> float | None:
-    """Return the mean of the entries that have truth, None if none has."""
-    valid = precision[precision > -1]
+def mean_or_none(values: np.ndarray) -> float | None:
+    """Return the mean of what is not NaN, None if nothing is."""
+    valid = values[~np.isnan(values)]
     return float(valid.mean()) if valid.size else None
 
 
@@ -210,7 +194,7 @@ def confusion_matrix(
         RecordsError: if a record's image, class or mask size is not the truth's.
     """
     records = [record for record in records if record["score"] >= score_threshold]
-    _check_fit(truth, records)
+    check_fit(truth, records)
     order = sorted(category["id"] for category in truth["categories"])
     index = {category_id: k for k, category_id in enumerate(order)}
     background = len(order)
