@@ -135,6 +135,46 @@ def test_image_smaller_than_the_crop_comes_out_smaller():
     assert TrainTransform(scale_range=(0.3, 0.3))(*one_pixel, _generator())[0].shape == (3, 1, 1)
 
 
+def test_crowded_crops_hold_a_cell_drawn_evenly_and_lie_evenly_about_it():
+    boxes = torch.tensor([[30.0, 30, 31, 31], [2, 50, 5, 53], [31, 30, 32, 31]])
+    transform = TrainTransform(crop_size=8, scale_range=(1, 1), flip=False, crowded=1)
+    generator, seen = _generator(), []
+    for _ in range(600):
+        placement = transform.draw_placement((60, 60), generator, boxes)
+        assert placement.size == (8, 8)
+        seen.append(placement.window[:2])
+    tops, lefts = np.array(seen).T
+    corner = tops > 40  # around (51, 3): no window starts left of 0
+    assert 0.25 < corner.mean() < 0.42  # one cell of three
+    assert sorted(set(tops[corner])) == [*range(44, 52)]
+    assert sorted(set(lefts[corner])) == [0, 1, 2, 3]
+    assert sorted(set(tops[~corner])) == [*range(23, 31)]
+    assert sorted(set(lefts[~corner])) == [*range(23, 32)]
+    assert np.bincount(tops[~corner] - 23).min() > 25  # 50 expected of each
+
+
+def test_share_of_crowded_crops_and_empty_images():
+    transform = TrainTransform(crop_size=2, scale_range=(1, 1), crowded=0.5)
+    box = torch.tensor([[0.0, 0, 1, 1]])
+    generator = _generator()
+    held = [
+        transform.draw_placement((100, 100), generator, box).window[:2] == (0, 0)
+        for _ in range(300)
+    ]
+    assert 0.4 < np.mean(held) < 0.6
+    windows = [transform.draw_placement((9, 9), generator, box[:0]).window for _ in range(200)]
+    assert {top for top, _, _, _ in windows} == {*range(8)}
+
+
+def test_crowded_crops_hold_their_cell():
+    image, target = _sample()
+    transform = TrainTransform(crop_size=9, scale_range=(1, 1), crowded=1, min_visible=0)
+    for seed in range(20):
+        new_image, new_target = transform(image, target, _generator(seed))
+        assert new_image.shape == (3, 9, 9)
+        assert len(new_target["boxes"])
+
+
 def test_image_without_cells_stays_without():
     image, target = _sample()
     target |= {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
@@ -243,6 +283,7 @@ def test_contrast_is_the_distance_from_the_mean_grey(monkeypatch):
         ({"crop_size": 0}, "crop_size is 0"),
         ({"scale_range": (0, 1)}, r"scale_range is \(0, 1\)"),
         ({"scale_range": (1.2, 0.8)}, "smallest <= largest"),
+        ({"crowded": 2}, "crowded is 2"),
         ({"stain": -0.1}, "stain is -0.1"),
         ({"color": 1.5}, "color is 1.5"),
         ({"min_visible": -0.1}, "min_visible is -0.1"),

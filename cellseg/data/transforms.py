@@ -50,6 +50,7 @@ class TrainTransform:
         crop_size: int = 512,
         scale_range: tuple[float, float] = (0.8, 1.25),
         flip: bool = True,
+        crowded: float = 0.0,
         stain: float = 0.0,
         color: float = 0.2,
         min_visible: float = 0.25,
@@ -61,6 +62,9 @@ class TrainTransform:
             scale_range: smallest and largest factor of magnification, drawn evenly in its
                 logarithm; (1, 1) for none.
             flip: whether to draw one of the eight flips and quarter turns of the square.
+            crowded: share of crops that are laid about a cell, any one of the image as likely as
+                the others, and so that it may be anywhere in the crop: the more cells a place
+                has, the more often it is seen. The others lie anywhere, on empty places too.
             stain: the amounts of haematoxylin and eosin are multiplied by a factor from 1 - stain
                 to 1 + stain and shifted by up to `stain` (see `jitter_stain`), in images of light
                 background (see `is_light_background`); 0 for none.
@@ -76,13 +80,14 @@ class TrainTransform:
             raise SettingsError(f"crop_size is {crop_size}; it must be 1 pixel or more")
         if not 0 < low <= high:
             raise SettingsError(f"scale_range is {scale_range}; it must be 0 < smallest <= largest")
-        shares = {"stain": stain, "color": color, "min_visible": min_visible}
+        shares = {"crowded": crowded, "stain": stain, "color": color, "min_visible": min_visible}
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise SettingsError(f"{name} is {value}; it must lie in 0-1")
         self.crop_size = crop_size
         self.scale_range = (low, high)
         self.flip = flip
+        self.crowded = crowded
         self.stain = stain
         self.color = color
         self.min_visible = min_visible
@@ -94,15 +99,16 @@ class TrainTransform:
 
         Args:
             image: uint8 tensor [3, H, W].
-            target: with `labels` and `instance_map` [L, H, W]; boxes are made anew, further
-                entries are handed on.
+            target: with `labels`, `instance_map` [L, H, W], and `boxes` if `crowded`; boxes are
+                made anew, further entries are handed on.
             generator: source of all random numbers; torch's global state is not touched.
 
         Returns:
             image uint8 [3, h, w] with h and w at most `crop_size`, and its target.
         """
         labels, instance_map = target["labels"], target["instance_map"]
-        placement = self.draw_placement(image.shape[-2:], generator)
+        boxes = target["boxes"] if self.crowded else None
+        placement = self.draw_placement(image.shape[-2:], generator, boxes)
         full_areas = count_areas(instance_map, len(labels)) * placement.scale**2
         crop = place(image, placement, InterpolationMode.BILINEAR)
         if self.stain and is_light_background(image, instance_map):
@@ -113,14 +119,29 @@ class TrainTransform:
         cells = update_target(map_crop, labels, full_areas, self.min_visible)
         return crop.contiguous(), {**target, **cells}
 
-    def draw_placement(self, shape: tuple[int, int], generator: torch.Generator) -> Placement:
-        """Return scale, crop and turn for an image of shape [H, W]."""
+    def draw_placement(
+        self,
+        shape: tuple[int, int],
+        generator: torch.Generator,
+        boxes: torch.Tensor | None = None,
+    ) -> Placement:
+        """Return scale, crop and turn for an image of shape [H, W].
+
+        Args:
+            shape: (H, W), pixels.
+            generator: source of all random numbers.
+            boxes: of the cells about which crowded crops are laid, [N, 4] xyxy; None for none.
+        """
         low, high = self.scale_range
         scale = low * (high / low) ** _uniform(generator)
         side = max(1, round(self.crop_size / scale))
         height, width = (min(length, side) for length in shape)
-        top = _integer(shape[0] - height + 1, generator)
-        left = _integer(shape[1] - width + 1, generator)
+        y, x = None, None
+        if boxes is not None and len(boxes) and _uniform(generator) < self.crowded:
+            left, top, right, bottom = boxes[_integer(len(boxes), generator)].tolist()
+            y, x = int((top + bottom) / 2), int((left + right) / 2)
+        top = _draw_start(shape[0], height, y, generator)
+        left = _draw_start(shape[1], width, x, generator)
         new_height, new_width = (
             min(self.crop_size, max(1, round(length * scale))) for length in (height, width)
         )
@@ -230,6 +251,21 @@ def mix_channels(image: torch.Tensor, matrix: np.ndarray, offset: float) -> torc
         total = weigh_channels(channels, factors, offset + 0.5)
         np.copyto(out, np.clip(total, 0, 255, out=total), casting="unsafe")
     return torch.from_numpy(mixed)
+
+
+def _draw_start(length: int, side: int, pixel: int | None, generator: torch.Generator) -> int:
+    """Return where a window of `side` starts in `length` pixels, evenly of all places.
+
+    Args:
+        length: of the image.
+        side: of the window, at most `length`.
+        pixel: take only places where the window holds this one; None for all.
+        generator: source of the draw.
+    """
+    first, last = 0, length - side
+    if pixel is not None:
+        first, last = max(first, pixel - side + 1), min(last, pixel)
+    return first + _integer(last - first + 1, generator)
 
 
 def _uniform(generator: torch.Generator) -> float:
