@@ -11,7 +11,13 @@ import torch
 from data_files import plain_image, stained_sample, write_sample
 
 from cellseg.data.dataset import CellDataset, TestDataset, draw_generator
-from cellseg.data.loaders import EpochSampler, collate, log_balanced_weights, make_loaders
+from cellseg.data.loaders import (
+    EpochSampler,
+    collate,
+    count_crops,
+    log_balanced_weights,
+    make_loaders,
+)
 from cellseg.data.transforms import TrainTransform
 from cellseg.errors import DataError, SettingsError
 
@@ -170,6 +176,34 @@ def test_an_epoch_has_every_image_equally_often(draws_per_image):
     assert sorted(keys) == sorted(expected)
     assert len(batches) == len(sampler) == -(-5 * draws_per_image // 4)
     assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+
+
+def test_images_can_have_draws_of_their_own():
+    sampler = EpochSampler(3, 4, seed=1, draws_per_image=[1, 4, 2])
+    batches = list(sampler)
+    assert sorted(key for batch in batches for key in batch) == [
+        (0, 0, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 0, 3), (2, 0, 0), (2, 0, 1),
+    ]  # fmt: skip
+    assert [len(batch) for batch in batches] == [4, 3]
+    assert len(sampler) == 2
+    sampler.deal(1, 2)
+    assert [sampler.share(batch) for batch in (0, 1)] == [(2, 4), (1, 3)]
+    alike = EpochSampler(3, 4, seed=1, draws_per_image=[2, 2, 2])
+    assert list(alike) == list(EpochSampler(3, 4, seed=1, draws_per_image=2))
+
+
+def test_large_images_are_drawn_once_a_crop(tmp_path):
+    for name, (height, width) in {"a": (40, 50), "b": (9, 7), "c": (20, 30)}.items():
+        write_sample(tmp_path / name, plain_image(height, width))
+    dataset = CellDataset(tmp_path, transform=TrainTransform(crop_size=20))
+    assert count_crops(dataset, 20) == [5, 1, 2]  # 2000 / 400, 63 / 400, 600 / 400 = 1.5 to even
+    options = {"batch_size": 2, "workers": 0, "sampler": "area"}
+    loader, _ = make_loaders(dataset, dataset, draws_per_image=3, **options)
+    keys = [key for batch in loader.batch_sampler for key in batch]
+    assert [sum(index == k for index, _, _ in keys) for k in range(3)] == [15, 3, 6]
+    dataset.transform = None
+    with pytest.raises(SettingsError, match="'area' needs a transform with a crop_size"):
+        make_loaders(dataset, dataset, **options)
 
 
 def test_order_is_a_function_of_seed_and_epoch():

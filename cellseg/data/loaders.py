@@ -10,15 +10,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cellseg.data.dataset import CellDataset
+from cellseg.data.decoding import read_size
 from cellseg.errors import SettingsError
 
-SamplerName = Literal["shuffle", "log_balanced"]
+SamplerName = Literal["shuffle", "log_balanced", "area"]
+SAMPLERS: tuple[SamplerName, ...] = ("shuffle", "log_balanced", "area")
 
 
 class EpochSampler(Sampler[list[tuple[int, int, int]]]):
     """Batches of keys `(index, epoch, draw)`; the order is a function of (seed, epoch).
 
-    An epoch has `draws_per_image` draws of each image, or, with weights, as many draws with
+    An epoch has `draws_per_image` draws of each image, or, with weights, as many draws in all with
     replacement. The last batch may be smaller; no image is lost. `draw` numbers the draws of an
     image within the epoch, so that each gets a crop of its own.
 
@@ -30,6 +32,7 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
     Attributes:
         epoch: the epoch that the next iteration gives.
         start_batch: the batch of it to begin with.
+        num_draws: keys of an epoch.
         rank: number of this process among those that share the batches.
         ranks: number of these processes.
     """
@@ -41,7 +44,7 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
         *,
         seed: int = 0,
         weights: Sequence[float] | None = None,
-        draws_per_image: int = 1,
+        draws_per_image: int | Sequence[int] = 1,
     ) -> None:
         """Begin at batch 0 of epoch 0.
 
@@ -50,19 +53,20 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
             batch_size: keys a batch.
             seed: of the order, 0 or more.
             weights: draw with replacement, images in proportion to these; None to shuffle.
-            draws_per_image: draws an epoch, divided by `num_images`.
+            draws_per_image: draws of every image an epoch, or a number for each image.
 
         Raises:
             SettingsError: if `batch_size` or `draws_per_image` is below 1.
         """
         for name, value in (("batch_size", batch_size), ("draws_per_image", draws_per_image)):
-            if value < 1:
-                raise SettingsError(f"{name} is {value}; it must be 1 or more")
+            if np.min(value, initial=1) < 1:
+                raise SettingsError(f"{name} is {np.min(value)}; it must be 1 or more")
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
         self.draws_per_image = draws_per_image
+        self.num_draws = int(np.broadcast_to(draws_per_image, num_images).sum())
         self.set_epoch(0)
         self.deal(0, 1)
 
@@ -77,13 +81,13 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
 
     def share(self, batch: int) -> tuple[int, int]:
         """Return how many keys of a batch are this process's, and how many it has in all."""
-        left = self.num_images * self.draws_per_image - batch * self.batch_size
+        left = self.num_draws - batch * self.batch_size
         whole = min(self.batch_size, left)
         return len(range(self.rank, whole, self.ranks)), whole
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch, wherever the next iteration begins."""
-        return -(-self.num_images * self.draws_per_image // self.batch_size)
+        return -(-self.num_draws // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         """Yield the epoch's batches from `start_batch` on, or this process's share of each."""
@@ -95,12 +99,14 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
     def _keys(self) -> list[tuple[int, int, int]]:
         """Return all keys of the epoch, in order."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        total = self.num_images * self.draws_per_image
         if self.weights is None:
-            draws, indices = np.divmod(rng.permutation(total), self.num_images)
+            counts = np.broadcast_to(self.draws_per_image, self.num_images)
+            every_draw = np.nonzero(np.arange(counts.max(initial=0))[:, None] < counts)
+            draws, indices = np.stack(every_draw)[:, rng.permutation(self.num_draws)]
         else:
             share = self.weights / self.weights.sum()
-            draws, indices = np.arange(total), rng.choice(self.num_images, total, p=share)
+            indices = rng.choice(self.num_images, self.num_draws, p=share)
+            draws = np.arange(self.num_draws)
         return [(int(i), self.epoch, int(d)) for i, d in zip(indices, draws, strict=True)]
 
 
@@ -148,6 +154,18 @@ def log_balanced_weights(class_counts: Sequence[Sequence[int]]) -> np.ndarray:
     return weights
 
 
+def count_crops(dataset: CellDataset, crop_size: int) -> list[int]:
+    """Return how many crops of `crop_size` pixels a side each image has room for, by its area.
+
+    Rounded, and at least 1. Reads the size of each image only.
+
+    Raises:
+        DataError: if the header of an image cannot be read; names it.
+    """
+    sizes = (read_size(dataset.files(index).image) for index in range(len(dataset)))
+    return [max(1, round(height * width / crop_size**2)) for height, width in sizes]
+
+
 def make_loaders(
     train_dataset: CellDataset,
     val_dataset: Dataset,
@@ -156,7 +174,7 @@ def make_loaders(
     workers: int = 2,
     seed: int = 0,
     sampler: SamplerName = "shuffle",
-    draws_per_image: int = 1,
+    draws_per_image: int | Sequence[int] = 1,
 ) -> tuple[DataLoader, DataLoader]:
     """Return the loaders of training and validation; both give `(images, targets)` as lists.
 
@@ -172,16 +190,24 @@ def make_loaders(
         workers: processes that read ahead, 0 to read in this one. They stay alive between
             epochs and compute on one thread each.
         seed: of the order, 0 or more.
-        sampler: "shuffle" for every image equally often, "log_balanced" to draw with replacement
-            by `log_balanced_weights` (reads all maps once).
-        draws_per_image: how often an image is drawn in an epoch (on average if balanced).
+        sampler: "shuffle" for every image equally often, "area" for every image once for each
+            crop of the transform's `crop_size` that it has room for (see `count_crops`),
+            "log_balanced" to draw with replacement by `log_balanced_weights` (reads all maps once).
+        draws_per_image: how often an image is drawn in an epoch (on average if balanced, for each
+            crop it has room for with "area"); a number for all or one for each.
 
     Raises:
         SettingsError: if a setting has a value that cannot work.
     """
-    if sampler not in ("shuffle", "log_balanced"):
-        raise SettingsError(f"sampler is {sampler!r}; use 'shuffle' or 'log_balanced'")
+    if sampler not in SAMPLERS:
+        raise SettingsError(f"sampler is {sampler!r}; use {', '.join(map(repr, SAMPLERS))}")
     weights = None
+    if sampler == "area":
+        crop_size = getattr(train_dataset.transform, "crop_size", None)
+        if crop_size is None:
+            raise SettingsError("sampler 'area' needs a transform with a crop_size; use 'shuffle'")
+        crops = count_crops(train_dataset, crop_size)
+        draws_per_image = (np.asarray(crops) * draws_per_image).tolist()
     if sampler == "log_balanced":
         counts = [train_dataset.class_counts(index) for index in range(len(train_dataset))]
         weights = log_balanced_weights(counts)
