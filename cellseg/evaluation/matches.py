@@ -7,7 +7,8 @@ any choice of images is a few sums away. Order of ranks, ties and recall levels 
 pycocotools' `COCOeval`.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from cellseg.inference.merging import MaskLine, box_neighbours
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
+BATCH = 1000  # masks that are compared at once, and one image's more
 
 
 @dataclass(frozen=True)
@@ -150,23 +152,35 @@ def _pairs(
     records: list[Record], image: np.ndarray, cells: list[dict], cell_image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (record, cell, IoU) of the pairs of one image and class with IoU >= 0.5."""
-    parts = []
-    of_image, of_cell_image = _rows(image), _rows(cell_image)
-    for row in of_image.keys() & of_cell_image.keys():
-        i, j = of_image[row], of_cell_image[row]
+    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
+    for i, j in _batches(image, cells, cell_image):
         entries = [*(records[k] for k in i.tolist()), *(cells[k] for k in j.tolist())]
         masks = MaskLine.from_rles([entry["segmentation"] for entry in entries])
-        labels = np.array([entry["category_id"] for entry in entries])
-        first, second = box_neighbours(masks.boxes, labels)
+        ids = [(entry["image_id"], entry["category_id"]) for entry in entries]
+        groups = np.unique(np.array(ids), axis=0, return_inverse=True)[1].reshape(-1)
+        first, second = box_neighbours(masks.boxes, groups)
         possible = (first < len(i)) & (second >= len(i))
         first, second = first[possible], second[possible]
         possible = masks.iou_limits(first, second) >= IOU_THRESHOLDS[0]
         first, second = first[possible], second[possible]
         parts.append((i[first], j[second - len(i)], masks.ious(first, second)))
-    if not parts:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
     record, cell, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
     return record, cell, iou
+
+
+def _batches(
+    image: np.ndarray, cells: list[dict], cell_image: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (records, cells) of some images of one size, whose masks fit onto one line."""
+    of_image, of_cell_image = _rows(image), _rows(cell_image)
+    batches: dict[tuple, list[int]] = {}
+    held: Counter = Counter()
+    for row in of_image.keys() & of_cell_image.keys():
+        size = tuple(cells[of_cell_image[row][0]]["segmentation"]["size"])
+        batches.setdefault((size, held[size] // BATCH), []).append(row)
+        held[size] += len(of_image[row]) + len(of_cell_image[row])
+    for rows in batches.values():
+        yield tuple(np.concatenate([of[row] for row in rows]) for of in (of_image, of_cell_image))
 
 
 def _rows(image: np.ndarray) -> dict[int, np.ndarray]:
