@@ -34,6 +34,7 @@ from cellseg.data import read_test_index
 from cellseg.data.audit import Audit, Oddity
 from cellseg.data.reading import read_image, read_instance_ids
 from cellseg.data.release import extract_archive
+from cellseg.data.sizes import CellSizes
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, CheckpointError, DataError, RecordsError, WeightsError
 from cellseg.files import escape_markdown, read_json, write_atomically
@@ -639,7 +640,8 @@ def test_names_are_escaped_in_what_is_rendered(name, tmp_path):
     write_records(tmp_path / "good.json", RECORDS)
     bad = tmp_path / f"{name.replace('/', '')}.json"
     bad.write_text(json.dumps([RECORDS[0] | {"image_id": name}]), encoding="utf-8")
-    audit = Audit(("a",), [], {"a": np.zeros(0)}, "true", (), [Oddity(name, name, "overlap", name)])
+    none = CellSizes(np.zeros((0, 4)), *np.zeros((3, 0)))
+    audit = Audit(("a",), [], none, "true", (), [Oddity(name, name, "overlap", name)])
     for text in (ensemble_files(tmp_path).summary(), audit.table()):
         for piece in ("a|b", "`x`", "<script", "](java", "a\nb", "$x$"):
             assert piece not in text

@@ -8,6 +8,7 @@ from matplotlib.collections import LineCollection
 
 from cellseg import coco
 from cellseg.data.audit import Audit, ImageRow
+from cellseg.data.sizes import CellSizes
 from cellseg.report import plots
 from cellseg.report.outlines import count_cells, outlines_of_records, outlines_of_target
 from cellseg.report.style import class_colour, save_figure
@@ -140,8 +141,9 @@ def test_confusion_matrix_shades_shares_of_the_row():
 
 def test_audit_shows_classes_areas_counts_and_sizes():
     rows = [ImageRow("a", 40, 60, (3, 0)), ImageRow("b", 50, 30, (1, 0))]
-    areas = {"large": np.array([100, 200, 300, 400]), "absent": np.zeros(0, np.int64)}
-    figure = plots.plot_audit(Audit(tuple(areas), rows, areas, "true"))
+    areas = np.array([100, 200, 300, 400])
+    cells = CellSizes(np.zeros((4, 4)), areas, np.ones(4, int), np.zeros(4, bool))
+    figure = plots.plot_audit(Audit(("large", "absent"), rows, cells, "true"))
     totals, boxes, counts, sizes = figure.axes
     assert [bar.get_width() for bar in totals.patches] == [4, 0]
     assert boxes.lines[1].get_xdata()[0] == 250  # the median of the first class

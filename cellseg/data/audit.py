@@ -11,6 +11,15 @@ from tqdm.auto import tqdm
 
 from cellseg.data.dataset import CellDataset
 from cellseg.data.reading import Instances, SampleFiles
+from cellseg.data.sizes import (
+    DEFAULT_SIZES,
+    TARGET_DIAMETER,
+    CellSizes,
+    join_sizes,
+    propose_anchors,
+    sizes_of,
+    suggest_image_scale,
+)
 from cellseg.files import escape_markdown
 
 MIN_AREA = 10
@@ -55,7 +64,7 @@ class Audit:
     Attributes:
         class_names: names of the classes 1..C.
         rows: one for each image, in the data set's order.
-        areas: class name -> int64 array of the areas of its cells, pixels.
+        sizes: of all cells.
         channel_order: "true", "swapped" or "undecided".
         channel_differences: what the order was decided from (see `ChannelOrder`).
         oddities: in the order of the images.
@@ -63,10 +72,16 @@ class Audit:
 
     class_names: tuple[str, ...]
     rows: list[ImageRow]
-    areas: dict[str, np.ndarray]
+    sizes: CellSizes
     channel_order: str
     channel_differences: tuple[float, ...] = ()
     oddities: list[Oddity] = field(default_factory=list)
+
+    @property
+    def areas(self) -> dict[str, np.ndarray]:
+        """Areas of the cells of each class, int64 arrays, pixels, by name."""
+        numbered = enumerate(self.class_names, 1)
+        return {name: self.sizes.areas[self.sizes.labels == label] for label, name in numbered}
 
     @property
     def totals(self) -> dict[str, int]:
@@ -98,10 +113,27 @@ class Audit:
             f"| height, px | {_spread(heights)} |",
             f"| width, px | {_spread(widths)} |",
             f"| cells an image | {_spread(self.cells_per_image)} |",
+            *self._size_lines(),
             f"| channel order | {self._order_text()} |",
             f"| oddities | {len(self.oddities)} |",
         ]
         return "\n".join(lines)
+
+    def _size_lines(self) -> list[str]:
+        """Return the image scale and the anchors that the cells' sizes suggest, a line each."""
+        if not len(self.sizes.areas):
+            return []
+        scale, median = suggest_image_scale(self.sizes), np.median(self.sizes.whole.diameters)
+        found = propose_anchors(self.sizes, scale)
+        shape = f"{', '.join(map(str, found.sizes))} px x {', '.join(map(str, found.ratios))}"
+        default = f"{DEFAULT_SIZES[0]} to {DEFAULT_SIZES[-1]} px"
+        return [
+            f"| image_scale | {scale:g}: the median cell is {median:.1f} px across, "
+            f"{scale * median:.0f} in the network ({TARGET_DIAMETER:.0f} are aimed at) |",
+            f"| anchors | {shape} reach IoU 0.5 for {found.coverage_50:.1%} of the cells, 0.7 for "
+            f"{found.coverage_70:.1%}; the default {default} {found.default_coverage_50:.1%} and "
+            f"{found.default_coverage_70:.1%} |",
+        ]
 
     def _order_text(self) -> str:
         """Return the channel order and what it was decided from."""
@@ -154,16 +186,14 @@ def audit(dataset: CellDataset, *, progress: bool = False) -> Audit:
     Raises:
         DataError: at the first sample that cannot be read; names the file.
     """
-    rows, oddities = [], []
-    areas: dict[str, list[np.ndarray]] = {name: [] for name in dataset.class_names}
+    rows, sizes, oddities = [], [], []
     first_with: dict[bytes, str] = {}
     indices = range(len(dataset))
     for index in tqdm(indices, desc="audit", unit="image", disable=not progress):
         image, cells = dataset.read_instances(index)
         files, sample_id = dataset.files(index), dataset.sample_ids[index]
         rows.append(_image_row(sample_id, cells, len(dataset.class_names)))
-        for number, name in enumerate(dataset.class_names, 1):
-            areas[name].append(cells.areas[cells.labels == number])
+        sizes.append(sizes_of(cells))
         digest = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
         twin = first_with.setdefault(digest, sample_id)
         if twin != sample_id:
@@ -173,7 +203,7 @@ def audit(dataset: CellDataset, *, progress: bool = False) -> Audit:
     return Audit(
         class_names=dataset.class_names,
         rows=rows,
-        areas={name: np.concatenate(parts) for name, parts in areas.items()},
+        sizes=join_sizes(sizes),
         channel_order=dataset.channel_order,
         channel_differences=tuple(dataset.channel_differences),
         oddities=oddities,
