@@ -29,6 +29,7 @@ ROOMS = [
     {"inference"},
     {"evaluation"},
     {"training"},
+    {"presets"},
     {"ensemble"},
     {"submission"},
     {"exports"},

@@ -1,0 +1,162 @@
+"""Recipes for three machines: every setting that differs between them in one table, with why."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from cellseg.data import CellDataset, TrainTransform, make_loaders
+from cellseg.data.sizes import measure_cells, suggest_crop_size, suggest_image_scale
+from cellseg.errors import SettingsError
+from cellseg.models import BUILDERS, DetectorOptions
+from cellseg.training import fit, pick_device
+
+Recipe = dict[str, Any]
+
+NAMES = ("quick", "laptop", "gpu")
+TABLE: tuple[tuple[str, Any, Any, Any, str], ...] = (
+    # setting, its value in each preset, reason
+    ("backbone", "mobilenetv2", "mobilenetv2", "resnet50v2", "what a CPU bears; the more accurate"),
+    ("weights", None, "DEFAULT", "DEFAULT", "a try downloads nothing; ImageNet's or COCO's"),
+    ("image_scale", 1.0, "auto", "auto", "drawn cells are large; the median 32 network pixels"),
+    ("network_size", 192, 320, 512, "side of a crop in network pixels; larger costs memory"),
+    ("batch_size", 4, 4, 8, "crops a step; 8 fit into 16 GB"),
+    ("sampler", "shuffle", "area", "area", "a large image is seen in as many places as it has"),
+    ("draws_per_image", 2, 1, 1, "an epoch is long enough to be worth a validation"),
+    ("fpn_channels", 64, 128, 256, "on a CPU half of a step; pretrained heads fit 256 only"),
+    ("head_width", 256, 512, 1024, "units of the box head; pretrained ones have 1024"),
+    ("rois_per_image", 128, 128, 512, "RoIs that the losses see; on a CPU half of a step"),
+    ("proposals", 500, 2000, 2000, "boxes that the RPN hands on: dense tissue has 500 cells"),
+    ("learning_rate", 1e-3, 1e-3, 2e-4, "AdamW; random and narrow heads bear more"),
+    ("epochs", 24, None, 60, "peers' gains level off after 50"),
+    ("time_budget", 360, 2700, None, "seconds, after which the schedule has come to its end"),
+    ("validate_every", 8, 4, 2, "epochs; a validation costs as much as an epoch on a CPU"),
+)
+OWN = ("backbone", "weights", "network_size")
+"""Settings that no function takes by these names."""
+PREDICTION = (
+    "score_threshold", "mask_threshold", "iou_threshold", "views", "scales", "tile_size", "overlap",
+    "mix_whole",
+)  # fmt: skip
+"""Settings that `predict_images` hands on."""
+
+
+def preset(name: str) -> Recipe:
+    """Return a preset's settings by name.
+
+    Raises:
+        SettingsError: if there is no such preset.
+    """
+    if name not in NAMES:
+        raise SettingsError(f"preset {name!r} is unknown; there are {', '.join(NAMES)}")
+    column = 1 + NAMES.index(name)
+    return {row[0]: row[column] for row in TABLE}
+
+
+def pick_preset(device: str = "auto") -> str:
+    """Return the preset for a device as `pick_device` understands it: "gpu", or "laptop"."""
+    return "laptop" if pick_device(device).type == "cpu" else "gpu"
+
+
+def pick_builder(backbone: str) -> Callable[..., nn.Module]:
+    """Return `get_model_<backbone>`.
+
+    Raises:
+        SettingsError: if there is no such builder.
+    """
+    builder = BUILDERS.get(f"get_model_{backbone}")
+    if builder is None:
+        known = ", ".join(name.removeprefix("get_model_") for name in BUILDERS)
+        raise SettingsError(f"backbone {backbone!r} is unknown; there are {known}")
+    return builder
+
+
+def presets_table() -> str:
+    """Return all presets as a Markdown table, a setting and its reason on each line."""
+    lines = [f"| setting | {' | '.join(NAMES)} | why |", "|---|---|---|---|---|"]
+    for name, *values, reason in TABLE:
+        shown = " | ".join("-" if value is None else f"{value}" for value in values)
+        lines.append(f"| `{name}` | {shown} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """Return a recipe in which overrides win; `epochs` or `time_budget` alone set the length.
+
+    Raises:
+        SettingsError: if nothing takes an override.
+    """
+    length = {"epochs", "time_budget"}
+    cleared = dict.fromkeys(length) if length & overrides.keys() else {}
+    changed = dict(recipe) | cleared | dict(overrides)
+    sort_settings(changed)
+    return changed
+
+
+def settle_sizes(recipe: Mapping[str, Any], dataset: CellDataset) -> Recipe:
+    """Return a recipe whose image scale and crop size are numbers, found from the data's cells.
+
+    An `image_scale` of "auto" becomes what `suggest_image_scale` says, and `network_size` the
+    `crop_size` in image pixels that it means at that scale, unless the recipe has one.
+
+    Args:
+        recipe: settings by name.
+        dataset: the training samples; each is read if the scale is "auto".
+
+    Raises:
+        SettingsError: if `image_scale` is another word.
+        DataError: if a sample cannot be read; names the file.
+    """
+    settled = {name: value for name, value in recipe.items() if name != "network_size"}
+    scale = recipe.get("image_scale", 1.0)
+    try:
+        scale = suggest_image_scale(measure_cells(dataset)) if scale == "auto" else float(scale)
+    except ValueError:
+        raise SettingsError(f"image_scale is {scale!r}; use 'auto' or a number") from None
+    settled["image_scale"] = scale
+    if "network_size" in recipe:
+        settled.setdefault("crop_size", suggest_crop_size(scale, recipe["network_size"]))
+    return settled
+
+
+def sort_settings(recipe: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return a recipe's settings by what takes them; each goes to all that do.
+
+    Returns:
+        dict of "builder", "transform" (`TrainTransform`), "loaders" (`make_loaders`), "fit",
+        "predict" (`predict_images`) and "own" (the `OWN` ones).
+
+    Raises:
+        SettingsError: if nothing takes a setting.
+    """
+    takers = _takers()
+    unknown = sorted(recipe.keys() - set().union(*takers.values()))
+    if unknown:
+        known = ", ".join(sorted(set().union(*takers.values())))
+        raise SettingsError(f"nothing takes the setting {unknown[0]!r}; there are {known}")
+    return {
+        taker: {name: value for name, value in recipe.items() if name in names}
+        for taker, names in takers.items()
+    }
+
+
+@cache
+def _takers() -> dict[str, frozenset[str]]:
+    """Return the names of the settings that each part of a run takes."""
+    return {
+        "own": frozenset(OWN),
+        "builder": frozenset(field.name for field in fields(DetectorOptions)),
+        "transform": _keywords(TrainTransform),
+        "loaders": _keywords(make_loaders),
+        "fit": _keywords(fit) - {"run_dir", "progress", "ranks", "resume"},
+        "predict": frozenset(PREDICTION),
+    }
+
+
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
