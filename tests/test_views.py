@@ -10,7 +10,7 @@ from torch import nn
 from cellseg.coco import check_records, rle_to_mask
 from cellseg.errors import SettingsError
 from cellseg.inference import predict_image, predict_views
-from cellseg.inference.views import View, make_views
+from cellseg.inference.views import View, make_views, merge_views
 
 HEIGHT, WIDTH = 61, 90
 SIDE = 28
@@ -156,6 +156,42 @@ def test_scores_are_the_mean_over_the_views(scores, expected, reason):
     model = Seer({1: scores, 2: scores}).eval()
     found = predict_views(model, image, image_id=1, views="flips")
     assert [record["score"] for record in found] == pytest.approx(expected), reason
+
+
+def found(*rows):
+    """Return detections with full masks from rows of (label, score, x1, y1, x2, y2)."""
+    rows = torch.tensor(rows).reshape(-1, 6)
+    masks = torch.ones(len(rows), 1, SIDE, SIDE)
+    return {"boxes": rows[:, 2:], "labels": rows[:, 0].long(), "scores": rows[:, 1], "masks": masks}
+
+
+def test_a_cell_is_drawn_where_its_views_see_it_in_the_mean():
+    one, other = found([1, 0.75, 10, 5, 20, 15]), found([1, 0.5, 12, 5, 22, 15])
+    other["masks"] = other["masks"] * 0.5
+    for seen in ([one, other], [other, one]):
+        merged = merge_views(seen, (HEIGHT, WIDTH), mask_threshold=0.4)
+        assert merged["boxes"].tolist() == [[11, 5, 21, 15]]
+        assert merged["scores"].tolist() == [0.625]
+        assert (merged["masks"] == 0.75).all()
+
+
+def test_views_that_differ_about_the_class_leave_a_record_of_each():
+    seen = [found([1, 0.75, 10, 5, 20, 15]), found([2, 0.5, 10, 5, 20, 15]), found()]
+    merged = merge_views(seen, (HEIGHT, WIDTH))
+    assert merged["labels"].tolist() == [1, 2]
+    assert merged["scores"].tolist() == pytest.approx([0.25, 0.5 / 3])
+
+
+def test_touching_cells_stay_apart():
+    seen = [found([1, 0.5, 10, 5, 20, 15], [1, 0.5, 20, 5, 30, 15])] * 3
+    merged = merge_views(seen, (HEIGHT, WIDTH))
+    assert sorted(merged["boxes"].tolist()) == [[10, 5, 20, 15], [20, 5, 30, 15]]
+    assert merged["scores"].tolist() == [0.5, 0.5]
+
+
+def test_nothing_seen_from_any_side_is_nothing():
+    merged = merge_views([found(), found()], (HEIGHT, WIDTH))
+    assert {key: len(value) for key, value in merged.items()} == dict.fromkeys(merged, 0)
 
 
 def test_the_image_is_left_as_it_was():

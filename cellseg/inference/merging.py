@@ -125,12 +125,17 @@ def _fuse_image(
     scores = np.zeros((len(kept), len(weight)))
     member = [member for _, member in entries]
     np.maximum.at(scores, (cluster, member), [record["score"] for record in records])
-    fused = _agreement(scores, weight)
+    fused = agreement(scores, weight)
     return [{**records[index], "score": score} for index, score in zip(kept, fused, strict=True)]
 
 
-def _agreement(scores: np.ndarray, weight: np.ndarray) -> list[float]:
-    """Return the weighted means of scores [cells, M], the same bits in any order of members."""
+def agreement(scores: np.ndarray, weight: np.ndarray) -> list[float]:
+    """Return the weighted means of scores [cells, M], the same bits in any order of members.
+
+    Args:
+        scores: of each cell each member's best, in 0-1; 0 where it saw nothing.
+        weight: float64 [M], > 0.
+    """
     best = scores.max(axis=1, initial=0)
     # As a loss against the best score, equal scores give exactly that score back.
     losses = np.sort((best[:, None] - scores) * weight, axis=1)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cellseg.coco import Record
+from cellseg.coco import Record, make_records, record_order
 from cellseg.errors import SettingsError
-from cellseg.inference.merging import fuse
+from cellseg.inference.merging import agreement, find_owners
+from cellseg.inference.pasting import masks_to_rles
 from cellseg.inference.prediction import as_tensor, detect, detections_to_records
 
 Detection = dict[str, Tensor]
@@ -139,15 +140,68 @@ def predict_views(
     """
     image = as_tensor(image)
     size = (image.shape[-2], image.shape[-1])
-    seen = [view.undo(detect(model, view.show(image)), size) for view in make_views(views, scales)]
-    members = [
-        detections_to_records(
-            detection,
-            size,
-            image_id=image_id,
-            score_threshold=score_threshold,
-            mask_threshold=mask_threshold,
-        )
-        for detection in seen
-    ]
-    return members[0] if len(members) == 1 else fuse(members, iou_threshold=iou_threshold)
+    seen = []
+    for view in make_views(views, scales):
+        detection = detect(model, view.show(image))
+        chosen = detection["scores"] >= score_threshold
+        detection = {key: value[chosen] for key, value in detection.items()}
+        seen.append(view.undo(detection, size))
+    merged = (
+        seen[0]
+        if len(seen) == 1
+        else merge_views(seen, size, mask_threshold=mask_threshold, iou_threshold=iou_threshold)
+    )
+    return detections_to_records(merged, size, image_id=image_id, mask_threshold=mask_threshold)
+
+
+def merge_views(
+    seen: Sequence[Detection],
+    size: tuple[int, int],
+    *,
+    mask_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+) -> Detection:
+    """Return one detection per cell and class, on the CPU, from those of several views.
+
+    The views' detections are suppressed together as masks; those that a kept one removes are its
+    cluster. Its box and its mask on the box's grid become the cluster's means, so that it is
+    pasted once, at sub-pixel places. Its score becomes the mean over the views of each one's best
+    in the cluster, 0 where a view saw nothing. A cell that all views see alike stays as it is.
+
+    Args:
+        seen: detections of V views, in coordinates of the image.
+        size: (height, width) of the image.
+        mask_threshold: a pixel belongs to the cell if its probability is greater.
+        iou_threshold: detections of one class with mask IoU > this show the same cell, in 0-1.
+    """
+    together = {key: torch.cat([found[key].cpu() for found in seen]) for key in seen[0]}
+    view = np.repeat(np.arange(len(seen)), [len(found["scores"]) for found in seen])
+    rles = masks_to_rles(together["masks"], together["boxes"], size, mask_threshold=mask_threshold)
+    scores, labels = together["scores"].tolist(), together["labels"].tolist()
+    records = make_records(0, labels, scores, rles)
+    best_first = sorted(range(len(records)), key=lambda index: record_order(records[index]))
+    owners = find_owners([records[index] for index in best_first], iou_threshold=iou_threshold)
+    kept, cell = np.unique(owners, return_inverse=True)
+    best_of_views = np.zeros((len(kept), len(seen)))
+    np.maximum.at(best_of_views, (cell, view[best_first]), np.array(scores)[best_first])
+    order = torch.tensor(best_first, dtype=torch.int64)
+    return {
+        "boxes": _means(together["boxes"][order], kept, cell),
+        "labels": together["labels"][order][kept],
+        "scores": torch.tensor(agreement(best_of_views, np.ones(len(seen))), dtype=torch.float64),
+        "masks": _means(together["masks"][order], kept, cell),
+    }
+
+
+def _means(values: Tensor, kept: np.ndarray, cell: np.ndarray) -> Tensor:
+    """Return the mean of the values of each cell; equal ones give exactly that value back.
+
+    Args:
+        values: float [N, ...].
+        kept: int64 [K], the row of each cell that its differences are taken from.
+        cell: int64 [N], the cell of each row, in 0..K-1.
+    """
+    first, cell = values[kept], torch.from_numpy(cell)
+    difference = torch.zeros_like(first).index_add_(0, cell, values - first[cell])
+    number = torch.bincount(cell, minlength=len(kept)).view(-1, *[1] * (values.ndim - 1))
+    return first + difference / number
