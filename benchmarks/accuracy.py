@@ -6,8 +6,9 @@
 needs CELLSEG_DATA, the folder with consep/ and consep_tiles/. Each side is trained on the 21
 training tiles in a process of its own, one after the other, then predicts the six held tiles whole
 and as their pieces. Writes accuracy.json beside this file and prints the table. A side that is not
-measured in a call stays as it was, with its date. Ends with 1 if the package's recipe misses what
-it must reach.
+measured in a call stays as it was, with its date. Peak memory is that of the process that trains,
+apart from the one that reads ahead for it. Ends with 1 if the package's recipe misses what it must
+reach.
 """
 
 import argparse

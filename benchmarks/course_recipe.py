@@ -162,8 +162,10 @@ def _train_epoch(
         loss.backward()
         optimiser.step()
         steps += 1
+        left = deadline - time.perf_counter()
+        bar.set_postfix_str(f"at most {tqdm.format_interval(max(0, left))} left", refresh=False)
         bar.update()
-        if time.perf_counter() >= deadline:
+        if left <= 0:
             break
     return steps
 
