@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_models import make_image, make_target, tiny_model
 from torch import nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision import models as zoo
+from torchvision.ops import roi_align
+from torchvision.ops.poolers import initLevelMapper
 
 from cellseg.errors import SettingsError
 from cellseg.models import (
@@ -15,6 +17,7 @@ from cellseg.models import (
     build_from_spec,
     builders,
     count_trainable_parameters,
+    get_model_convnext_tiny,
 )
 from cellseg.models.heads import PyramidRoIAlign
 from cellseg.training.validation import forked_seed
@@ -225,6 +228,35 @@ def test_trainable_stages_count_from_the_end(stages, first):
     assert learns == list(range(first, 18))
 
 
+@pytest.mark.parametrize(("stages", "first"), [(5, 0), (4, 1), (3, 2), (2, 4), (1, 6), (0, 8)])
+def test_convnexts_stages_begin_with_their_downsampling(stages, first):
+    with torch.device("meta"):
+        backbone = get_model_convnext_tiny(3, weights=None, trainable_stages=stages).backbone
+    body = backbone.body
+    learns = [int(key) for key, layer in body.items() if next(layer.parameters()).requires_grad]
+    assert learns == list(range(first, 8))
+    assert all(parameter.requires_grad for parameter in backbone.tap_norms.parameters())
+
+
+def test_convnexts_levels_are_normed_where_they_are_tapped():
+    """Each level the FPN reads has mean 0 and deviation 1 a place; the stages read it as it is."""
+    backbone = get_model_convnext_tiny(3, weights=None, fpn_channels=16, head_width=8).backbone
+    seen = []
+    backbone.fpn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        backbone.eval()(image)
+        taps = backbone.body(image)
+        deepest = zoo.convnext_tiny(weights=None).features.eval()
+        deepest.load_state_dict(backbone.body.state_dict())
+        assert torch.allclose(taps["3"], deepest(image), atol=1e-5)
+    for (name, level), stride in zip(seen[0].items(), (4, 8, 16, 32), strict=True):
+        assert level.shape == taps[name].shape == (1, level.shape[1], 64 // stride, 96 // stride)
+        variance, mean = torch.var_mean(level, dim=1, correction=0)
+        assert mean.abs().max() < 1e-4 and (variance - 1).abs().max() < 0.05
+        assert not torch.allclose(level, taps[name], atol=1e-2)
+
+
 def test_a_frozen_stage_keeps_its_weights_and_the_loss_its_gradient():
     model = tiny_model(trainable_stages=0).train()
     target = make_target(HEIGHT, WIDTH, SQUARES)
@@ -348,16 +380,21 @@ def test_a_mask_learns_its_own_cell_at_any_scale(monkeypatch):
     assert (seen[0] == torch.tensor([6.0, 5, 20, 17])).all(dim=1).any()
 
 
-def test_pooling_is_torchvisions_where_the_levels_strides_are_sure():
+def test_each_roi_is_pooled_from_the_level_that_torchvision_would_take():
     generator = torch.Generator().manual_seed(0)
     features = {
         str(level): torch.rand(2, 8, 256 // stride, 384 // stride, generator=generator)
         for level, stride in enumerate((4, 8, 16, 32))
     }
     corner = torch.rand(40, 2, generator=generator) * torch.tensor([300.0, 200])
-    sides = 2 ** (9 * torch.rand(40, 2, generator=generator))  # 1 to 512: on all four levels
+    sides = 2 ** (11 * torch.rand(40, 2, generator=generator))  # 1 to 2048: on all four levels
     rois = list(torch.cat([corner, corner + sides], dim=1).split([25, 15]))
-    expected = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)(features, rois, [(256, 384)] * 2)
-    found = PyramidRoIAlign(7, aligned=False)(features, rois)
-    assert torch.allclose(found, expected, atol=1e-6)
+    levels = initLevelMapper(2, 5)(rois).tolist()  # torchvision's, of strides 4 to 32
+    expected = [
+        roi_align(features[str(level)], [rois_of.view(1, 4)], 7, 1 / 2 ** (level + 2), 1, True)
+        for level, rois_of in zip(levels[:25], rois[0], strict=True)
+    ]
+    found = PyramidRoIAlign(7)(features, rois)
+    assert set(levels) == {0, 1, 2, 3}
+    assert torch.allclose(found[:25], torch.cat(expected), atol=1e-4)
     assert PyramidRoIAlign(7)(features, [rois[0][:0], rois[1][:0]]).shape == (0, 8, 7, 7)

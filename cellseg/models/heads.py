@@ -20,6 +20,7 @@ from torchvision.ops import roi_align
 
 from cellseg.models.mask_targets import sample_mask_targets
 from cellseg.models.matching import BETWEEN, AnchorGrid, match_anchors
+from cellseg.models.roi_align import roi_align_rows
 
 POOLED_STRIDES = (4, 8, 16, 32)
 MASKS_AT_ONCE = 256  # RoIs that the mask head sees together in evaluation; bounds its memory
@@ -55,22 +56,22 @@ class PyramidRoIAlign(nn.Module):
     """RoIAlign on the pyramid level that fits each RoI's size.
 
     torchvision's `MultiScaleRoIAlign` guesses the levels' strides from the first image it sees,
-    which is wrong for images much smaller than their padding, and has no `aligned`. Levels follow
-    eq. 1 of Lin et al., Feature Pyramid Networks, 2017: an RoI of 224 pixels goes to stride 16.
+    which is wrong for images much smaller than their padding, and has no `aligned`: pixel i of a
+    level covers [i, i + 1) strides here (Detectron2's RoIAlignV2). Levels follow eq. 1 of Lin et
+    al., Feature Pyramid Networks, 2017: an RoI of 224 pixels goes to stride 16.
     """
 
-    def __init__(self, output_size: int, *, sampling_ratio: int = 2, aligned: bool = True) -> None:
+    def __init__(self, output_size: int, *, sampling_ratio: int = 1) -> None:
         """Set the pooling up.
 
         Args:
             output_size: M, bins a side.
-            sampling_ratio: samples a bin and axis.
-            aligned: pixel i of a level covers [i, i + 1) strides (Detectron2's RoIAlignV2).
+            sampling_ratio: samples a bin and axis; the bins of a cell are about as large as the
+                features' pixels, so that a second one adds cost and little else.
         """
         super().__init__()
         self.output_size = output_size
         self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
 
     def forward(
         self,
@@ -96,15 +97,18 @@ class PyramidRoIAlign(nn.Module):
         )
         for index, stride in enumerate(POOLED_STRIDES):
             chosen = torch.where(level == index)[0]
-            pooled[chosen] = roi_align(
+            pooled[chosen] = self._pool(
                 features[str(index)].float(),
                 torch.cat([image_index, boxes], dim=1)[chosen],
-                self.output_size,
                 1 / stride,
-                self.sampling_ratio,
-                self.aligned,
             )
         return pooled
+
+    def _pool(self, level: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """Return the features of RoIs [K, 5] on one level, by what is fast on its device."""
+        if level.device.type == "cpu":
+            return roi_align_rows(level, rois, self.output_size, scale, self.sampling_ratio)
+        return roi_align(level, rois, self.output_size, scale, self.sampling_ratio, aligned=True)
 
 
 class CellRPN(RegionProposalNetwork):
