@@ -220,11 +220,11 @@ def _paint_images(truth: Truth, records: Sequence[Record]) -> list[_Overlaps]:
 
 def _paint_image(cells: list[dict], records: list[Record], size: tuple[int, int]) -> _Overlaps:
     """Paint the nuclei of one image, records best first, and count what they share."""
-    (true_map, areas, centres), (map_, record_areas, record_centres) = starmap(
+    (true_map, areas, centres), (found_map, record_areas, record_centres) = starmap(
         _painted, (([entry["segmentation"] for entry in side], size) for side in (cells, records))
     )
-    both = np.flatnonzero((true_map > 0) & (map_ > 0))
-    keys = (true_map[both].astype(np.int64) - 1) * max(len(records), 1) + map_[both] - 1
+    both = np.flatnonzero((true_map > 0) & (found_map > 0))
+    keys = (true_map[both].astype(np.int64) - 1) * max(len(records), 1) + found_map[both] - 1
     keys, shared = np.unique(keys, return_counts=True)
     return _Overlaps(
         areas=areas,
