@@ -11,7 +11,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 NORMS = ("auto", "frozen", "heads", "trained")
 COUNTS = (
     "fpn_channels", "head_width", "rpn_samples", "rois_per_image", "box_roi_size", "mask_roi_size",
-    "mask_layers", "proposals", "detections_per_image",
+    "mask_layers", "train_proposals", "proposals", "detections_per_image",
 )  # fmt: skip
 
 
@@ -40,8 +40,11 @@ class DetectorOptions:
         box_roi_size: bins a side of the features that the box head sees of an RoI.
         mask_roi_size: the same for the mask head; its mask has twice as many pixels a side.
         mask_layers: convolutions of the mask head.
-        proposals: boxes that the RPN hands on, in training and evaluation.
-        detections_per_image: detections kept in an image; dense tissue has hundreds.
+        train_proposals: boxes that the RPN hands on in training, out of which RoIs are drawn;
+            `proposals` if that is less.
+        proposals: boxes that the RPN hands on in evaluation, of each level and in all. A cell
+            without one is lost: more than an image has cells, several times.
+        detections_per_image: detections kept in an image; a square of 1000 px has up to 2,300.
         score_threshold: detections below it are dropped, 0-1.
         nms_threshold: box IoU over which two detections of one class are one cell, 0-1.
         seed: of the weights that are drawn at random.
@@ -59,8 +62,9 @@ class DetectorOptions:
     box_roi_size: int = 7
     mask_roi_size: int = 14
     mask_layers: int = 4
-    proposals: int = 2000
-    detections_per_image: int = 1000
+    train_proposals: int = 1000
+    proposals: int = 4000
+    detections_per_image: int = 2500
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     seed: int = 0
