@@ -1,22 +1,19 @@
 """The package's own recipe, trained and used by its public functions: one dict of settings."""
 
-import inspect
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from benchmarks.held_tissue import training_samples
-from cellseg import inference
+from cellseg import presets
 from cellseg.coco import Record
 from cellseg.data import CellDataset, SampleImages, TrainTransform, make_loaders
-from cellseg.errors import SettingsError
 from cellseg.inference import predict_images
-from cellseg.models import BUILDERS
-from cellseg.models.builders import DetectorOptions
+from cellseg.presets import pick_builder, settle_sizes
 from cellseg.training import fit, open_run, read_history
 
 LAPTOP: dict[str, Any] = {
@@ -34,13 +31,8 @@ LAPTOP: dict[str, Any] = {
     "epochs": None,
     "time_budget": 45 * 60,
 }
-"""Settings by name, `time_budget` in seconds; each goes to every function that takes it."""
+"""Settings of a preset, and `train_on`: the training tiles whole, or as their pieces."""
 
-OWN = ("backbone", "train_on")
-NOT_OF_A_RECIPE = {
-    "run_dir", "progress", "ranks", "resume", "validate_every", "probe_images", "image_id",
-}  # fmt: skip
-PREDICTORS = [getattr(inference, name) for name in dir(inference) if name.startswith("predict_")]
 NEVER = 10**9  # epochs between validations: only the last is validated, and it chooses nothing
 
 
@@ -61,40 +53,15 @@ class Training:
     ended_by: str
 
 
-def keyword_names(function: Callable[..., Any]) -> set[str]:
-    """Return the names of the keyword-only arguments of a function that a recipe may set."""
-    parameters = inspect.signature(function).parameters.values()
-    names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return names - NOT_OF_A_RECIPE
-
-
 def sort_settings(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a recipe's settings by the function that takes them, each with all that take it.
-
-    Returns:
-        dict of "builder", "transform", "loaders", "fit", "predict", and "own" for what is decided
-        here: `backbone` and `train_on`.
+    """Return a recipe's settings by what takes them, as `presets.sort_settings`, and `train_on`.
 
     Raises:
         SettingsError: if nothing takes a setting.
     """
-    takers = {
-        "own": set(OWN),
-        "builder": {field.name for field in fields(DetectorOptions)},
-        "transform": keyword_names(TrainTransform),
-        "loaders": keyword_names(make_loaders),
-        "fit": keyword_names(fit),
-        # `predict_images` hands on what the functions below it take.
-        "predict": set().union(*map(keyword_names, PREDICTORS)),
-    }
-    unknown = sorted(set(recipe).difference(*takers.values()))
-    if unknown:
-        known = ", ".join(sorted(set().union(*takers.values())))
-        raise SettingsError(f"nothing takes the setting {unknown[0]!r}; there are {known}")
-    return {
-        taker: {name: value for name, value in recipe.items() if name in names}
-        for taker, names in takers.items()
-    }
+    here = {name: recipe[name] for name in ("train_on",) if name in recipe}
+    parts = presets.sort_settings({k: v for k, v in recipe.items() if k not in here})
+    return parts | {"own": parts["own"] | here}
 
 
 def train_ours(
@@ -117,19 +84,20 @@ def train_ours(
         folder: for the run and the cache of samples.
         progress: show bars with the time left.
     """
+    seed, cache = recipe.get("seed", 0), folder.parent / "cache"
+    samples = training_samples(data, recipe["train_on"], seed=seed, cache_dir=cache)
+    recipe = settle_sizes(recipe, samples)
     parts = sort_settings(recipe)
-    kind, seed = parts["own"]["train_on"], recipe.get("seed", 0)
-    samples = training_samples(data, kind, seed=seed, cache_dir=folder.parent / "cache")
     pieces = training_samples(data, "pieces", channel_order=samples.channel_order)
     train = samples.subset(samples.sample_ids, transform=TrainTransform(**parts["transform"]))
     last = pieces.subset(pieces.sample_ids[:1])
-    builder = BUILDERS[f"get_model_{parts['own']['backbone']}"]
+    builder = pick_builder(recipe["backbone"])
     model = builder(train.num_classes, weights=weights, **parts["builder"])
     shutil.rmtree(folder / "run", ignore_errors=True)
-    run = open_run(folder, model, train, last, recipe=dict(recipe), seed=seed, name="run")
+    run = open_run(folder, model, train, last, recipe=recipe, seed=seed, name="run")
     loaders = make_loaders(train, last, **parts["loaders"])
-    options = {"validate_every": NEVER, "probe_images": 0, "progress": progress}
-    for _ in fit(model, *loaders, run_dir=run.path, **options, **parts["fit"]):
+    options = parts["fit"] | {"validate_every": NEVER, "probe_images": 0, "progress": progress}
+    for _ in fit(model, *loaders, run_dir=run.path, **options):
         pass
     history = read_history(run.path)
     seconds, budget = sum(epoch.seconds for epoch in history), recipe.get("time_budget")

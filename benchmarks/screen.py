@@ -3,8 +3,8 @@
     python -m benchmarks.screen NAME [--set key=value ...] [--minutes 10] [--threads 1]
 
 trains the recipe with some settings changed, predicts held tiles and pieces, and appends one line
-of JSON to screens.jsonl in the folder of --keep. A setting is an option of the builder, of
-`TrainTransform`, `make_loaders`, `fit` or `predict_images`, `backbone` or `train_on`; its value is
+of JSON to screens.jsonl in the folder of --keep. A setting is one of a preset, or `train_on`, or an
+option of the builder, `TrainTransform`, `make_loaders`, `fit` or `predict_images`; its value is
 read as JSON, or else taken as a word: `--set image_scale=1.5 scale_range=[0.7,1.4] norm=trained`.
 
 The budget is processor time of this process, divided by its threads, in place of the wall time

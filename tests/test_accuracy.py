@@ -91,14 +91,13 @@ def test_data_and_weights_that_are_missing_are_named(data, tmp_path, monkeypatch
         weights_file(data)
 
 
-def test_a_setting_goes_to_every_function_that_takes_it():
-    parts = sort_settings({"crop_size": 96, "seed": 3, "learning_rate": 0.1, "backbone": "x"})
-    assert parts == {
-        "own": {"backbone": "x"},
-        "builder": {"seed": 3},
+def test_settings_are_those_of_a_preset_and_what_to_train_on():
+    assert sort_settings({"crop_size": 96, "train_on": "tiles", "backbone": "x"}) == {
+        "own": {"backbone": "x", "train_on": "tiles"},
+        "builder": {},
         "transform": {"crop_size": 96},
-        "loaders": {"seed": 3},
-        "fit": {"seed": 3, "learning_rate": 0.1},
+        "loaders": {},
+        "fit": {},
         "predict": {},
     }
     sort_settings(LAPTOP)
