@@ -254,7 +254,8 @@ def test_convnexts_levels_are_normed_where_they_are_tapped():
         assert level.shape == taps[name].shape == (1, level.shape[1], 64 // stride, 96 // stride)
         variance, mean = torch.var_mean(level, dim=1, correction=0)
         assert mean.abs().max() < 1e-4 and (variance - 1).abs().max() < 0.05
-        assert not torch.allclose(level, taps[name], atol=1e-2)
+        # Of random networks only the stem's output is normed already.
+        assert torch.allclose(level, taps[name], atol=1e-2) == (stride == 4)
 
 
 def test_a_frozen_stage_keeps_its_weights_and_the_loss_its_gradient():

@@ -13,7 +13,13 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg.errors import WeightsError
-from cellseg.models import build_from_spec, get_model_mobilenetv2, get_model_resnet50v2
+from cellseg.models import (
+    BUILDERS,
+    build_from_spec,
+    get_model_convnext_tiny,
+    get_model_mobilenetv2,
+    get_model_resnet50v2,
+)
 from cellseg.models.weights import read_weights
 
 CLASS_HEADS = {
@@ -274,6 +280,32 @@ def test_without_network_the_file_and_its_place_are_named(hub, weights):
     assert "no route to host" in message
     assert f"https://download.pytorch.org/models/{MOBILENET_FILE}" in message
     assert f"put the file into {hub}, or pass weights=None" in message
+
+
+FILES = [
+    ("get_model_resnet101", "resnet101-cd907fc2.pth"),
+    ("get_model_convnext_tiny", "convnext_tiny-983f1562.pth"),
+    ("get_model_convnext_small", "convnext_small-0c510722.pth"),
+    ("get_model_convnext_base", "convnext_base-6075fbad.pth"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_each_builder_names_its_own_file(hub, name, file):
+    with pytest.raises(WeightsError, match=f"fetch https://download.pytorch.org/models/{file} on"):
+        BUILDERS[name](3)
+
+
+def test_a_convnext_file_fills_the_backbone_and_no_more(tmp_path):
+    torch.manual_seed(7)
+    state = zoo.convnext_tiny(weights=None).state_dict()
+    model = get_model_convnext_tiny(
+        3, weights=save(tmp_path / "convnext.pth", state), fpn_channels=16, head_width=8
+    )
+    body = model.backbone.body.state_dict()
+    assert all(torch.equal(value, state[f"features.{key}"]) for key, value in body.items())
+    assert model.provenance == f"file convnext.pth: backbone, {len(body)} tensors kept"
+    assert len(body) == len(state) - 4  # the classifier's norm and layer
 
 
 def test_coco_is_the_default_of_the_large_model(hub):

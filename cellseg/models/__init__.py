@@ -4,8 +4,12 @@ from cellseg.models.builders import (
     BUILDERS,
     build_from_spec,
     count_trainable_parameters,
+    get_model_convnext_base,
+    get_model_convnext_small,
+    get_model_convnext_tiny,
     get_model_mobilenetv2,
     get_model_resnet50v2,
+    get_model_resnet101,
     get_model_resnext50,
 )
 from cellseg.models.options import DetectorOptions
@@ -15,7 +19,11 @@ __all__ = [
     "DetectorOptions",
     "build_from_spec",
     "count_trainable_parameters",
+    "get_model_convnext_base",
+    "get_model_convnext_small",
+    "get_model_convnext_tiny",
     "get_model_mobilenetv2",
     "get_model_resnet50v2",
+    "get_model_resnet101",
     "get_model_resnext50",
 ]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
+from torchvision.models import WeightsEnum
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNN_ResNet50_FPN_V2_Weights
 
 from cellseg.errors import SettingsError
-from cellseg.models.bodies import BodyMaker, mobilenetv2, resnet
+from cellseg.models.bodies import BodyMaker, convnext, mobilenetv2, resnet
 from cellseg.models.detector import compose
 from cellseg.models.options import DetectorOptions, check_options
 from cellseg.models.weights import (
@@ -80,10 +81,7 @@ def get_model_mobilenetv2(
         num_classes,
         weights,
         options,
-        named={
-            "DEFAULT": zoo.MobileNet_V2_Weights.IMAGENET1K_V2,
-            "IMAGENET": zoo.MobileNet_V2_Weights.IMAGENET1K_V2,
-        },
+        named=_imagenet(zoo.MobileNet_V2_Weights.IMAGENET1K_V2),
     )
 
 
@@ -101,16 +99,98 @@ def get_model_resnext50(
         num_classes,
         weights,
         options,
-        named={
-            "DEFAULT": zoo.ResNeXt50_32X4D_Weights.IMAGENET1K_V2,
-            "IMAGENET": zoo.ResNeXt50_32X4D_Weights.IMAGENET1K_V2,
-        },
+        named=_imagenet(zoo.ResNeXt50_32X4D_Weights.IMAGENET1K_V2),
+    )
+
+
+def get_model_resnet101(
+    num_classes: int, *, weights: str | Path | None = "DEFAULT", **options: Any
+) -> GeneralizedRCNN:
+    """Return Mask R-CNN with ResNet101 and plain heads.
+
+    The deep heads of v2 are for ResNet50 alone, whose COCO weights fill them; fresh ones cost more
+    than this backbone and have more to learn from few images.
+
+    Arguments, result and errors as in `get_model_resnet50v2`; "DEFAULT" and "IMAGENET" are
+    torchvision's ImageNet classifier, and there are no COCO weights.
+    """
+    return _build(
+        "get_model_resnet101",
+        resnet(zoo.resnet101),
+        num_classes,
+        weights,
+        options,
+        named=_imagenet(zoo.ResNet101_Weights.IMAGENET1K_V2),
+    )
+
+
+def get_model_convnext_tiny(
+    num_classes: int, *, weights: str | Path | None = "DEFAULT", **options: Any
+) -> GeneralizedRCNN:
+    """Return Mask R-CNN with ConvNeXt-T (Liu et al., A ConvNet for the 2020s, 2022).
+
+    Its layer norms need no batch: the option `norm` is without effect on them.
+
+    Arguments, result and errors as in `get_model_resnet50v2`; "DEFAULT" and "IMAGENET" are
+    torchvision's ImageNet classifier, and there are no COCO weights.
+    """
+    return _build(
+        "get_model_convnext_tiny",
+        convnext(zoo.convnext_tiny),
+        num_classes,
+        weights,
+        options,
+        named=_imagenet(zoo.ConvNeXt_Tiny_Weights.IMAGENET1K_V1),
+    )
+
+
+def get_model_convnext_small(
+    num_classes: int, *, weights: str | Path | None = "DEFAULT", **options: Any
+) -> GeneralizedRCNN:
+    """Return Mask R-CNN with ConvNeXt-S, twice as deep in its third stage as ConvNeXt-T.
+
+    Arguments, result and errors as in `get_model_resnet50v2`; "DEFAULT" and "IMAGENET" are
+    torchvision's ImageNet classifier, and there are no COCO weights.
+    """
+    return _build(
+        "get_model_convnext_small",
+        convnext(zoo.convnext_small),
+        num_classes,
+        weights,
+        options,
+        named=_imagenet(zoo.ConvNeXt_Small_Weights.IMAGENET1K_V1),
+    )
+
+
+def get_model_convnext_base(
+    num_classes: int, *, weights: str | Path | None = "DEFAULT", **options: Any
+) -> GeneralizedRCNN:
+    """Return Mask R-CNN with ConvNeXt-B, ConvNeXt-S with a third more channels.
+
+    Arguments, result and errors as in `get_model_resnet50v2`; "DEFAULT" and "IMAGENET" are
+    torchvision's ImageNet classifier, and there are no COCO weights.
+    """
+    return _build(
+        "get_model_convnext_base",
+        convnext(zoo.convnext_base),
+        num_classes,
+        weights,
+        options,
+        named=_imagenet(zoo.ConvNeXt_Base_Weights.IMAGENET1K_V1),
     )
 
 
 BUILDERS: dict[str, Callable[..., GeneralizedRCNN]] = {
     builder.__name__: builder
-    for builder in (get_model_resnet50v2, get_model_mobilenetv2, get_model_resnext50)
+    for builder in (
+        get_model_resnet50v2,
+        get_model_mobilenetv2,
+        get_model_resnext50,
+        get_model_resnet101,
+        get_model_convnext_tiny,
+        get_model_convnext_small,
+        get_model_convnext_base,
+    )
 }
 
 
@@ -132,6 +212,11 @@ def count_trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _imagenet(entry: WeightsEnum) -> dict[str, WeightsEnum]:
+    """Return the weights by name where there is only an ImageNet classifier's."""
+    return {"DEFAULT": entry, "IMAGENET": entry}
+
+
 def _build(
     name: str,
     make_body: BodyMaker,
@@ -139,7 +224,7 @@ def _build(
     weights: str | Path | None,
     given: dict[str, Any],
     *,
-    named: dict[str, Any],
+    named: dict[str, WeightsEnum],
     deep_heads: bool = False,
 ) -> GeneralizedRCNN:
     """Compose the detector, load its weights, and note how it was made."""
@@ -164,7 +249,7 @@ def _build(
 
 
 def _read(
-    weights: str | Path | None, named: dict[str, Any], name: str
+    weights: str | Path | None, named: dict[str, WeightsEnum], name: str
 ) -> tuple[dict[str, Tensor] | None, str]:
     """Return the state dict of the weights, None for random ones, and where it comes from."""
     if weights is None:

@@ -8,7 +8,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from cellseg.models.bodies import BodyMaker
+from cellseg.models.bodies import BodyMaker, NormedBackboneWithFPN
 from cellseg.models.heads import (
     CellRoIHeads,
     CellRPN,
@@ -43,7 +43,8 @@ def compose(
     """
     body_norm, norm = NORM_LAYERS[options.norm]
     body, head_norm = make_body(body_norm), norm if deep_heads else None
-    backbone = BackboneWithFPN(
+    with_fpn = NormedBackboneWithFPN if body.norm_taps else BackboneWithFPN
+    backbone = with_fpn(
         body.network,
         body.taps,
         body.channels,
@@ -69,7 +70,8 @@ def _rpn(options: DetectorOptions, *, deep: bool) -> CellRPN:
     head = Float32RPNHead(
         options.fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2 if deep else 1
     )
-    kept = {"training": options.proposals, "testing": options.proposals}
+    in_training = min(options.train_proposals, options.proposals)
+    kept = {"training": in_training, "testing": options.proposals}
     return CellRPN(
         anchors,
         head,
