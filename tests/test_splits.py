@@ -1,11 +1,11 @@
-"""The split: the same twice, alike in classes, no group on both sides."""
+"""The split and the folds: the same twice, alike in classes, no group on both sides."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellseg.data.splits import split_ids
+from cellseg.data.splits import make_folds, split_ids
 from cellseg.errors import SettingsError
 
 COUNTS = st.dictionaries(
@@ -105,3 +105,62 @@ def test_explicit_val_ids():
 def test_what_cannot_be_split_is_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
         split_ids({"a": [1], "b": [2], "c": [3]}, **arguments)
+
+
+def test_folds_are_alike_and_hold_each_sample_out_once():
+    counts = _many()
+    folds = make_folds(counts, None, folds=4)
+    assert sorted(i for _, val_ids in folds for i in val_ids) == sorted(counts)
+    totals = np.sum(list(counts.values()), axis=0)
+    for train_ids, val_ids in folds:
+        assert train_ids == sorted(set(counts) - set(val_ids))
+        shares = np.sum([counts[i] for i in val_ids], axis=0) / totals
+        np.testing.assert_allclose(shares[:3], 0.25, atol=0.05)
+        np.testing.assert_allclose(shares[3], 0.25, atol=0.12)  # only ten images hold it
+        assert len(val_ids) == pytest.approx(25, abs=4)
+
+
+def test_folds_worked_by_hand():
+    # Class 1 is rarer and dealt first; then each group goes where there is least of what it holds.
+    counts = {"a": [0, 8], "b": [0, 8], "c": [4, 0], "d": [4, 0], "e": [0, 1]}
+    for seed in range(4):
+        held = [set(val_ids) for _, val_ids in make_folds(counts, None, folds=2, seed=seed)]
+        for pair in ("ab", "cd"):
+            assert all(len(set(pair) & ids) == 1 for ids in held)
+
+
+def test_folds_do_not_depend_on_the_order_of_samples():
+    counts = _many()
+    shuffled = dict(sorted(counts.items(), key=lambda item: sum(item[1])))
+    assert make_folds(counts, None, seed=1) == make_folds(shuffled, None, seed=1)
+    assert make_folds(counts, None, seed=1) != make_folds(counts, None, seed=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(COUNTS, st.integers(2, 5), st.integers(0, 3))
+def test_folds_split_no_group_and_none_is_empty(counts, folds, seed):
+    groups = {sample_id: sample_id[0] for sample_id in counts}
+    if len(set(groups.values())) < folds:
+        with pytest.raises(SettingsError, match=f"folds is {folds} for"):
+            make_folds(counts, groups, folds=folds, seed=seed)
+        return
+    made = make_folds(counts, groups, folds=folds, seed=seed)
+    assert len(made) == folds
+    assert sorted(i for _, val_ids in made for i in val_ids) == sorted(counts)
+    for train_ids, val_ids in made:
+        assert train_ids and val_ids
+        assert not {groups[i] for i in train_ids} & {groups[i] for i in val_ids}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"folds": 1}, "folds is 1 for 3 samples in 3 groups"),
+        ({"folds": 4}, "folds is 4 for 3 samples in 3 groups"),
+        ({"folds": 3, "groups": {"a": 1, "b": 1, "c": 2}}, "folds is 3 for 3 samples in 2 groups"),
+        ({"groups": {"a": 1}}, "groups lacks 'b', 'c'"),
+    ],
+)
+def test_folds_that_cannot_be_made_are_refused(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        make_folds({"a": [1], "b": [2], "c": [3]}, **{"groups": None} | arguments)
