@@ -224,20 +224,44 @@ def predict(
     train_dir: Annotated[
         Path | None, typer.Option(help="Or: a folder of samples to segment whole.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Or: one image file, however large; its image_id is 1.")
+    ] = None,
     ids: Ids = None,
+    views: Annotated[str, typer.Option(help="plain, flips (4 views) or d4 (8).")] = "plain",
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Size of a view; may be given several times.")
+    ] = None,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Image pixels; by default only large images are tiled.")
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="Of tiles; larger than any cell.")] = None,
     score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.05,
     mask_threshold: Annotated[float, typer.Option(help="A pixel's least probability.")] = 0.5,
+    swapped: Annotated[bool, typer.Option(help="--image has red and blue exchanged.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a stopped --image.")] = True,
     device: Device = "auto",
 ) -> None:
-    """Segment test images, or samples with truth, from a checkpoint alone."""
+    """Segment test images, samples with truth, or one image file, from a checkpoint alone."""
     from cellseg.coco import write_records
     from cellseg.data import CellDataset, SampleImages, TestDataset, find_release
-    from cellseg.inference import predict_images
+    from cellseg.inference import predict_file, predict_images
     from cellseg.training import load_model, pick_device
 
-    if (release is None) == (train_dir is None):
-        raise SettingsError("give either --release (test images) or --train-dir (samples)")
+    if sum(source is not None for source in (release, train_dir, image)) != 1:
+        raise SettingsError(
+            "give either --release (test images), --train-dir (samples) or --image (a file)"
+        )
     model = load_model(checkpoint, pick_device(device))
+    options = {
+        "views": views, "scales": scale or [1.0],
+        "tile_size": tile_size, "overlap": overlap,
+        "score_threshold": score_threshold, "mask_threshold": mask_threshold,
+    }  # fmt: skip
+    if image is not None:
+        records = predict_file(model, image, output, swapped=swapped, resume=resume, **options)
+        typer.echo(f"{len(records)} cells in 1 image: {output}")
+        return
     if release is not None:
         found = find_release(release_dir=release)
         if found.test_dir is None or found.index_path is None:
@@ -246,9 +270,7 @@ def predict(
     else:
         samples = CellDataset(train_dir, class_names=model.class_names, sample_ids=_read_ids(ids))
         images = SampleImages(samples)
-    records = predict_images(
-        model, images, score_threshold=score_threshold, mask_threshold=mask_threshold
-    )
+    records = predict_images(model, images, **options)
     write_records(output, records)
     typer.echo(f"{len(records)} cells in {len(images)} images: {output}")
 
