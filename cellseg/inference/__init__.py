@@ -5,6 +5,7 @@ from cellseg.inference.large import predict_file
 from cellseg.inference.merging import fuse, suppress
 from cellseg.inference.pasting import masks_to_rles
 from cellseg.inference.prediction import predict_image
+from cellseg.inference.settling import settle_classes
 from cellseg.inference.tiles import predict_tiles
 from cellseg.inference.views import predict_views
 
@@ -16,5 +17,6 @@ __all__ = [
     "predict_images",
     "predict_tiles",
     "predict_views",
+    "settle_classes",
     "suppress",
 ]
