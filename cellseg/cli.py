@@ -4,12 +4,12 @@ import json
 import os
 import sys
 import traceback
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from cellseg.errors import CellsegError, SettingsError
 from cellseg.files import read_text
@@ -38,12 +38,9 @@ TrainDir = Annotated[
 ]
 
 
-class Backbone(StrEnum):
-    """Builders by their short names."""
-
-    resnet50v2 = "resnet50v2"
-    mobilenetv2 = "mobilenetv2"
-    resnext50 = "resnext50"
+def _help(text: str) -> OptionInfo:
+    """Return an option with this text beside it."""
+    return typer.Option(help=text, show_default=False)
 
 
 @app.command()
@@ -83,28 +80,35 @@ def audit(
 @app.command()
 def train(
     train_dir: TrainDir,
-    backbone: Annotated[Backbone, typer.Option(help="Which get_model_* builds the model.")] = (
-        Backbone.resnet50v2
-    ),
-    weights: Annotated[
-        str, typer.Option(help="DEFAULT, COCO, IMAGENET, a file of weights, or none.")
-    ] = "DEFAULT",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Minutes of training, after which the run ends.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Crops a step.")] = 4,
-    crop_size: Annotated[int, typer.Option(help="Side of a training crop, image pixels.")] = 512,
-    draws_per_image: Annotated[int, typer.Option(help="Crops of an image in an epoch.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
-    image_scale: Annotated[float, typer.Option(help="Network pixels per image pixel.")] = 1.0,
-    fpn_channels: Annotated[int, typer.Option(help="Width of FPN, RPN and mask head.")] = 256,
-    head_width: Annotated[int, typer.Option(help="Units of the box head.")] = 1024,
-    rois_per_image: Annotated[int, typer.Option(help="RoIs that the losses see.")] = 512,
-    proposals: Annotated[int, typer.Option(help="Boxes that the RPN hands on.")] = 2000,
+    preset: Annotated[
+        str, typer.Option(help="quick, laptop or gpu; auto takes gpu where there is one.")
+    ] = "auto",
+    backbone: Annotated[str | None, _help("Which get_model_* builds the model.")] = None,
+    weights: Annotated[str | None, _help("DEFAULT, COCO, IMAGENET, a file, or none.")] = None,
+    image_scale: Annotated[str | None, _help("Network pixels a pixel; auto: by the cells.")] = None,
+    network_size: Annotated[int | None, _help("Side of a crop, network pixels.")] = None,
+    crop_size: Annotated[int | None, _help("The same in image pixels, instead.")] = None,
+    crowded: Annotated[float | None, _help("Share of crops laid about a cell, 0-1.")] = None,
+    stain: Annotated[float | None, _help("Change of the stains, 0-1.")] = None,
+    color: Annotated[float | None, _help("Change of brightness and colour, 0-1.")] = None,
+    batch_size: Annotated[int | None, _help("Crops a step.")] = None,
+    sampler: Annotated[str | None, _help("shuffle, area or log_balanced.")] = None,
+    draws_per_image: Annotated[int | None, _help("Crops of an image in an epoch.")] = None,
+    norm: Annotated[str | None, _help("Norms that learn: auto, frozen, heads, trained.")] = None,
+    trainable_stages: Annotated[int | None, _help("Backbone's stages that learn, 0-5.")] = None,
+    fpn_channels: Annotated[int | None, _help("Width of FPN, RPN and mask head.")] = None,
+    head_width: Annotated[int | None, _help("Units of the box head.")] = None,
+    rois_per_image: Annotated[int | None, _help("RoIs that the losses see.")] = None,
+    mask_rois: Annotated[int | None, _help("Of these, cells that the mask loss sees.")] = None,
+    proposals: Annotated[int | None, _help("Boxes that the RPN hands on.")] = None,
+    learning_rate: Annotated[float | None, _help("At its peak.")] = None,
+    ema_decay: Annotated[float | None, _help("Of the weights' average, 0-1.")] = None,
+    epochs: Annotated[int | None, _help("Passes over the training images.")] = None,
+    minutes: Annotated[float | None, _help("Of training, after which the run ends.")] = None,
+    validate_every: Annotated[int | None, _help("Validate every so many epochs.")] = None,
+    precision: Annotated[str | None, _help("auto, float32, bfloat16 or float16.")] = None,
     val_ids: Ids = None,
     val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
-    validate_every: Annotated[int, typer.Option(help="Validate every so many epochs.")] = 1,
     class_names: Names = DEFAULT_NAMES,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
@@ -118,21 +122,35 @@ def train(
     cache: Annotated[bool, typer.Option(help="Decode each sample once, beside the runs.")] = True,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Train a model; run again to go on. Give --epochs or --minutes.
+    """Train a model; run again to go on. What is not given is the preset's, see the README.
 
     On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
 
     Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
     after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
     """
-    from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
-    from cellseg.models import BUILDERS
+    from cellseg import presets
+    from cellseg.data import CellDataset, TrainTransform, make_loaders
     from cellseg.training import TrainingInterrupted, fit, join_ranks, open_run
 
-    if epochs is None and minutes is None:
-        raise SettingsError("give --epochs or --minutes, so that the run has an end")
+    model_settings = {
+        "backbone": backbone, "weights": weights, "image_scale": image_scale,
+        "norm": norm, "trainable_stages": trainable_stages, "fpn_channels": fpn_channels,
+        "head_width": head_width, "rois_per_image": rois_per_image, "mask_rois": mask_rois,
+        "proposals": proposals,
+    }  # fmt: skip
+    crop_settings = {
+        "network_size": network_size, "crop_size": crop_size, "crowded": crowded, "stain": stain,
+        "color": color, "batch_size": batch_size, "sampler": sampler,
+        "draws_per_image": draws_per_image,
+    }  # fmt: skip
+    schedule = {
+        "epochs": epochs, "time_budget": None if minutes is None else minutes * 60,
+        "learning_rate": learning_rate, "ema_decay": ema_decay, "validate_every": validate_every,
+        "precision": precision,
+    }  # fmt: skip
+    given = _without_none(model_settings | crop_settings | schedule)
     with join_ranks(device) as ranks:
         dataset = CellDataset(
             train_dir,
@@ -140,55 +158,37 @@ def train(
             seed=seed,
             cache_dir=runs_dir / "cache" if cache else None,
         )
-        counts = ranks.from_first(partial(_count_cells, dataset))
-        chosen = _read_ids(val_ids)
-        train_ids, held_ids = split_ids(
-            counts, val_fraction=val_fraction, seed=seed, val_ids=chosen
+        train_ids, held_ids = ranks.from_first(
+            partial(_divide, dataset, _read_ids(val_ids), val_fraction, seed)
         )
-        train_data = dataset.subset(train_ids, transform=TrainTransform(crop_size=crop_size))
-        val_data = dataset.subset(held_ids)
-        model = BUILDERS[f"get_model_{backbone}"](
+        train_data, val_data = dataset.subset(train_ids), dataset.subset(held_ids)
+        chosen = presets.pick_preset(device) if preset == "auto" else preset
+        recipe = presets.override(presets.preset(chosen), given)
+        recipe = ranks.from_first(partial(presets.settle_sizes, recipe, train_data))
+        parts = presets.sort_settings(recipe)
+        train_data.transform = TrainTransform(**parts["transform"])
+        model = presets.pick_builder(recipe["backbone"])(
             dataset.num_classes,
-            weights=None if weights == "none" else weights,
-            image_scale=image_scale,
-            fpn_channels=fpn_channels,
-            head_width=head_width,
-            rois_per_image=rois_per_image,
-            proposals=proposals,
+            weights=None if recipe["weights"] == "none" else recipe["weights"],
             seed=seed,
+            **parts["builder"],
         )
-        schedule = {
-            "epochs": epochs,
-            "time_budget": minutes and minutes * 60,
-            "learning_rate": learning_rate,
-            "validate_every": validate_every,
-            "precision": precision,
-        }
-        crops = {
-            "batch_size": batch_size,
-            "crop_size": crop_size,
-            "draws_per_image": draws_per_image,
-        }
         open_it = partial(
-            open_run, runs_dir, model, train_data, val_data, recipe=schedule | crops, seed=seed,
-            name=name, on_change=on_change,
+            open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
+            recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
         )  # fmt: skip
         run = ranks.from_first(open_it)
         if ranks.first:
             typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
+            typer.echo(f"preset {chosen}: {recipe}")
         train_loader, val_loader = make_loaders(
-            train_data,
-            val_data,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            draws_per_image=draws_per_image,
+            train_data, val_data, workers=workers, seed=seed, **parts["loaders"]
         )
         try:
             for epoch in fit(
                 model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed,
                 save_every=save_minutes * 60, keep_checkpoints=keep_checkpoints, tracker=tracker,
-                ranks=ranks, **schedule,
+                ranks=ranks, **parts["fit"],
             ):  # fmt: skip
                 if ranks.first:
                     typer.echo(epoch.line())
@@ -387,9 +387,19 @@ def _leave(rank: str | None) -> None:
     os._exit(1)
 
 
-def _count_cells(dataset: "CellDataset") -> dict[str, list[int]]:
-    """Return the number of cells of each class in each sample."""
-    return {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
+def _divide(
+    dataset: "CellDataset", val_ids: list[str] | None, val_fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """Return the ids of the samples to train on and of those held out."""
+    from cellseg.data import split_ids
+
+    counts = {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
+    return split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=val_ids)
+
+
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _split(names: str) -> tuple[str, ...]:
