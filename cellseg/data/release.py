@@ -66,6 +66,7 @@ def find_release(
     *,
     release_dir: str | Path | None = None,
     extra_places: Sequence[str | Path] | None = None,
+    extract: bool = True,
 ) -> Release | None:
     """Return the release that is at hand, extracting its archive if need be.
 
@@ -76,6 +77,7 @@ def find_release(
             and `train/` alone is enough.
         extra_places: folders to search besides, four levels deep; by default Kaggle's inputs and
             Colab's Drive.
+        extract: False passes archives over, those in `release_dir` apart.
 
     Returns:
         the release, or None if there is none.
@@ -93,7 +95,7 @@ def find_release(
     for folder in (*_folders(target, 1), project, *elsewhere):
         if _is_extracted(folder):
             return _release_at(folder)
-    for archive in _archives([project, target, *elsewhere]):
+    for archive in _archives([project, target, *elsewhere] if extract else []):
         try:
             return extract_archive(archive, target)
         except _NoRelease:
