@@ -96,6 +96,25 @@ def test_a_cell_takes_the_first_layer_where_it_is_free_as_a_whole(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+def test_cells_of_one_class_that_overlap_lie_on_pages(tmp_path, compression):
+    pages = np.zeros((2, 3, 6), np.uint16)
+    pages[0, 0, 0:3] = 7
+    pages[1, 0, 2:5] = 3  # over the first
+    pages[1, 2, 4:6] = 9  # free of it
+    folder = write_sample(tmp_path / "a", plain_image(3, 6))
+    _write_pages(folder, pages, compression=compression)
+    cells = reading.read_instances(reading.find_sample_files(folder), (3, 6))
+    assert cells.ids.tolist() == [3, 7, 9]
+    assert cells.areas.tolist() == [3, 3, 2]
+    assert cells.boxes.tolist() == [[2, 0, 5, 1], [0, 0, 3, 1], [4, 2, 6, 3]]
+    assert cells.instance_map.tolist() == [
+        [[2, 2, 2, 0, 0, 0], [0] * 6, [0, 0, 0, 0, 3, 3]],
+        [[0, 0, 1, 1, 1, 0], [0] * 6, [0] * 6],
+    ]
+    assert reading.count_cells(reading.find_sample_files(folder), 4) == [3, 0, 0, 0]
+
+
 def test_one_id_in_two_pieces_is_one_instance(tmp_path):
     ids = np.array([[8.0, 0, 0, 8], [0, 0, 0, 0]])
     _, target = reading.read_sample(write_sample(tmp_path / "a", plain_image(2, 4), {1: ids}))
@@ -235,6 +254,12 @@ def _write_map(folder, values):
     tifffile.imwrite(folder / "class1.tif", np.asarray(values), metadata=None)
 
 
+def _write_pages(folder, pages, **options):
+    with tifffile.TiffWriter(folder / "class1.tif") as tiff:
+        for page in pages:
+            tiff.write(np.asarray(page), photometric="minisblack", metadata=None, **options)
+
+
 def _cell_of(value, dtype=np.float64):
     ids = np.zeros((4, 6), dtype)
     ids[2, 3] = value
@@ -302,9 +327,19 @@ FAULTS = [
         "a colour picture of the map",
     ),
     (
-        lambda d: tifffile.imwrite(d / "class1.tif", np.zeros((5, 4, 6)), photometric="minisblack"),
-        ["class1.tif", "5 pages", "one page"],
-        "several pages",
+        lambda d: tifffile.imwrite(d / "class1.tif", np.ones((5, 4, 6)), photometric="minisblack"),
+        ["class1.tif", "5 pages", "id 1", "one page"],
+        "a cell on several pages, as in a stack of slices",
+    ),
+    (
+        lambda d: _write_pages(d, [np.zeros((4, 6)), np.zeros((4, 5))]),
+        ["class1.tif", "(4, 6)", "(4, 5)"],
+        "pages of different size",
+    ),
+    (
+        lambda d: _write_pages(d, [_cell_of(1), _cell_of(0.5)]),
+        ["class1.tif", "id 0.5", "row 2"],
+        "fractional on the second page",
     ),
     (lambda d: (d / "image.tif").unlink(), ["no image.tif", "add it"], "no image"),
     (

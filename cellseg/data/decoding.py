@@ -62,6 +62,33 @@ def read_pixels(
     return _read_tiff(path, invert_white, max_pixels)
 
 
+def read_planes(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> list[np.ndarray]:
+    """Return the pixels of each page of a TIFF file, or of a PNG file, as they are stored.
+
+    Args:
+        path: as in `read_pixels`.
+        max_pixels: refuse files whose pages together claim more pixels than this.
+
+    Returns:
+        one array [H, W] or [H, W, S] a page.
+
+    Raises:
+        DataError: as `read_pixels`, but for the number of pages.
+    """
+    path = Path(path)
+    head = read_head(path)
+    if head.startswith(PNG_SIGNATURE):
+        return [_read_png(path, head, max_pixels)]
+    with codec_errors(path), tifffile.TiffFile(path) as tiff:
+        pages = list(_some_pages(path, tiff))
+        for page in pages:
+            _check_page(path, page, tiff.filehandle.size, max_pixels)
+        sizes = [(page.imagelength, page.imagewidth) for page in pages]
+        height, width = (max(sides) for sides in zip(*sizes, strict=True))
+        _check_size(path, len(pages) * height, width, max_pixels)
+        return [_page_pixels(path, page) for page in pages]
+
+
 def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return height and width of a one-page TIFF or PNG file; its pixels are not read.
 
@@ -133,28 +160,35 @@ def checked_page(path: Path, tiff: tifffile.TiffFile, max_pixels: int) -> tifffi
         DataError: if there is none or another, or it is no image that can be decoded without
             surprises.
     """
+    pages = _some_pages(path, tiff)
+    if len(pages) > 1:
+        raise DataError(
+            f"{path} has {len(pages)} pages; save the one that is meant as a file of one page"
+        )
+    _check_page(path, pages[0], tiff.filehandle.size, max_pixels)
+    return pages[0]
+
+
+def _some_pages(path: Path, tiff: tifffile.TiffFile) -> tifffile.TiffPages:
+    """Return the pages of an open TIFF file, one or more."""
     if not tiff.pages:
         raise _damaged(path, "it holds no page")
-    if len(tiff.pages) > 1:
-        raise DataError(
-            f"{path} has {len(tiff.pages)} pages; save the one that is meant as a file of one page"
-        )
-    page = tiff.pages[0]
-    _check_page(path, page, tiff.filehandle.size, max_pixels)
-    return page
+    return tiff.pages
 
 
 def _read_tiff(path: Path, invert_white: bool, max_pixels: int) -> np.ndarray:
     """Return the pixels of the only page of a TIFF file."""
     with _only_page(path, max_pixels) as page:
-        pixels = map_pixels(path, page) if page.is_memmappable else _decoded(path, page)
-        if pixels.shape != page.shape:
-            raise _damaged(path, f"{pixels.size} values instead of {page.size}")
-        invert = invert_white and is_inverted(page)
-        planar = page.axes == "SYX"
-    if invert:
-        pixels = ~pixels
-    return np.moveaxis(pixels, 0, -1) if planar else pixels
+        pixels = _page_pixels(path, page)
+        return ~pixels if invert_white and is_inverted(page) else pixels
+
+
+def _page_pixels(path: Path, page: tifffile.TiffPage) -> np.ndarray:
+    """Return the pixels of a checked page, [H, W] or [H, W, S], as they are stored."""
+    pixels = map_pixels(path, page) if page.is_memmappable else _decoded(path, page)
+    if pixels.shape != page.shape:
+        raise _damaged(path, f"{pixels.size} values instead of {page.size}")
+    return np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels
 
 
 def is_inverted(page: tifffile.TiffPage) -> bool:
@@ -175,7 +209,7 @@ def _decoded(path: Path, page: tifffile.TiffPage) -> np.ndarray:
     the page is large.
     """
     if page.compression.name == "LZW" and _LIBTIFF and page.bitspersample in (8, 16, 32, 64):
-        pixels = imagecodecs.tiff_decode(path.read_bytes())
+        pixels = imagecodecs.tiff_decode(path.read_bytes(), index=page.index)
         if pixels.shape == page.shape:
             return pixels
     threads = min(MAX_THREADS, os.cpu_count() or 1) if page.size >= THREADED_SIZE else 1

@@ -2,7 +2,8 @@
 
 A sample folder holds `image.tif` and one map for each class that occurs, `class1.tif`,
 `class2.tif`, ... (or .tiff, .png). In a map 0 is background and any other value is the id of a
-cell; a class owns its ids, so the same id in two maps means two cells.
+cell; a class owns its ids, so the same id in two maps means two cells. Cells of one class that
+overlap lie on different pages of its map.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg.data.decoding import MAX_PIXELS, SUFFIXES, read_pixels
+from cellseg.data.decoding import MAX_PIXELS, SUFFIXES, read_pixels, read_planes
 from cellseg.data.runs import (
     EMPTY,
     Runs,
@@ -57,7 +58,7 @@ class Instances:
         ids: int64 [N], the id in the class's own map.
         areas: int64 [N], pixels.
         instance_map: int32 [L, H, W]; k + 1 marks instance k, 0 is nothing. A second layer
-            exists only where cells of different classes overlap.
+            exists only where cells overlap.
     """
 
     boxes: np.ndarray
@@ -190,7 +191,7 @@ def read_instance_ids(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
         DataError: if the file cannot be read, is not a single plane, or holds an id that is
             negative, fractional, not a number or above 2**31 - 1.
     """
-    runs, shape = _read_runs(path, max_pixels)
+    runs, shape = _plane_runs(path, read_pixels(path, max_pixels=max_pixels))
     return draw_runs(runs, shape[0] * shape[1]).reshape(shape)
 
 
@@ -198,13 +199,33 @@ def count_cells(files: SampleFiles, num_labels: int) -> list[int]:
     """Return the number of cells of each class 1..num_labels, without decoding the image."""
     counts = [0] * num_labels
     for label, path in files.maps.items():
-        counts[label - 1] = len(np.unique(_read_runs(path, MAX_PIXELS)[0].values))
+        pages, _ = _read_pages(path, MAX_PIXELS)
+        counts[label - 1] = sum(len(np.unique(runs.values)) for runs in pages)
     return counts
 
 
-def _read_runs(path: str | Path, max_pixels: int) -> tuple[Runs, tuple[int, int]]:
-    """Return the runs and the shape [H, W] of a map, its ids checked."""
-    pixels = read_pixels(path, max_pixels=max_pixels)
+def _read_pages(path: str | Path, max_pixels: int) -> tuple[list[Runs], tuple[int, int]]:
+    """Return the runs of each page of a map and the pages' shape [H, W], the ids checked."""
+    planes = read_planes(path, max_pixels=max_pixels)
+    pages, shapes = zip(*(_plane_runs(path, plane) for plane in planes), strict=True)
+    if len(set(shapes)) > 1:
+        raise DataError(
+            f"{path} has pages of {shapes[0]} and {next(s for s in shapes if s != shapes[0])} "
+            "pixels; all pages of a map are of the image's size"
+        )
+    if len(pages) > 1:
+        every_id = np.concatenate([np.unique(runs.values) for runs in pages])
+        ids, number = np.unique(every_id, return_counts=True)
+        if (number > 1).any():
+            raise DataError(
+                f"{path} has {len(pages)} pages, and the id {ids[number > 1][0]} on more than one; "
+                "a cell lies on one page: give every cell its own id, or save one page"
+            )
+    return list(pages), shapes[0]
+
+
+def _plane_runs(path: str | Path, pixels: np.ndarray) -> tuple[Runs, tuple[int, int]]:
+    """Return the runs and the shape [H, W] of one page of a map, its ids checked."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.ndim != 2 or pixels.dtype.kind not in "biuf":
@@ -249,16 +270,19 @@ def read_instances(
     layers: list[Runs] = []
     count = 0
     for label, path in files.maps.items():
-        runs, map_shape = _read_runs(path, max_pixels)
+        pages, map_shape = _read_pages(path, max_pixels)
         if map_shape != shape:
             raise DataError(
                 f"{path} has {map_shape[0]} x {map_shape[1]} pixels, {files.image.name} has "
                 f"{shape[0]} x {shape[1]} (height x width); both must be of the same size"
             )
+        runs = stack_runs(pages, shape[0] * shape[1])
         ids, index = np.unique(runs.values, return_inverse=True)
         boxes, areas = measure_runs(runs, index, len(ids), shape)
         parts.append((boxes, np.full(len(ids), label, np.int64), ids, areas))
-        add_to_layers(layers, replace(runs, values=index + count + 1))
+        ends = np.cumsum([len(page.starts) for page in pages])
+        for page, values in zip(pages, np.split(index + count + 1, ends[:-1]), strict=True):
+            add_to_layers(layers, replace(page, values=values))
         count += len(ids)
     empty = (np.zeros((0, 4), np.float32), *(np.zeros(0, np.int64) for _ in range(3)))
     boxes, labels, ids, areas = (np.concatenate(p) for p in zip(empty, *parts, strict=True))
