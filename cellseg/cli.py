@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from functools import partial
@@ -16,6 +17,7 @@ from cellseg.files import read_text
 
 if TYPE_CHECKING:
     from cellseg.data import CellDataset
+    from cellseg.exports import Picture
 
 app = typer.Typer(
     help="Segment cells with Mask R-CNN, from annotated images to a checked result file.",
@@ -390,6 +392,62 @@ def doctor(
     typer.echo("nothing essential is missing")
 
 
+@app.command("import")
+def import_data(
+    source: Annotated[
+        Path, typer.Argument(help="COCO file, or folder of label maps (or of one such a class).")
+    ],
+    images_dir: Annotated[Path, typer.Argument(help="Folder of the annotated images.")],
+    out_dir: Annotated[Path, typer.Argument(help="Release to write; a new folder.")],
+) -> None:
+    """Make a release of annotated images from elsewhere: of a COCO file, or of label maps."""
+    from cellseg.exports import import_annotations
+
+    imported = import_annotations(source, images_dir, out_dir, progress=True)
+    typer.echo(imported.summary())
+    names = shlex.quote(",".join(imported.class_names))
+    typer.echo(f"in the notebook: release_dir = {str(out_dir)!r}; in a shell:")
+    typer.echo(f"python -m cellseg train {imported.root / 'train'} --class-names {names}")
+
+
+@app.command("export")
+def export_cells(
+    source: Annotated[
+        Path, typer.Argument(help="Result file, .json; or a folder of samples, for their truth.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File (coco, csv) or folder (labels, geojson).")],
+    to: Annotated[str, typer.Option(help="coco, labels, geojson (QuPath) or csv (sizes).")],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Of a result file: release, folder of samples, or one image file."),
+    ] = None,
+    class_names: Names = DEFAULT_NAMES,
+    score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.5,
+    pixel_size: Annotated[float | None, _help("csv: a pixel's side in micrometres.")] = None,
+    by_class: Annotated[bool, typer.Option(help="labels: one map a class.")] = False,
+    object_type: Annotated[
+        str, typer.Option(help="geojson: detection, or annotation (to be edited in QuPath).")
+    ] = "detection",
+) -> None:
+    """Write cells for other tools: COCO, label TIFFs, GeoJSON for QuPath, a table of sizes."""
+    from cellseg import exports
+
+    writers = {
+        "coco": exports.write_coco,
+        "labels": partial(exports.write_labels, by_class=by_class),
+        "geojson": partial(exports.write_geojson, object_type=object_type),
+        "csv": partial(exports.write_morphometry, pixel_size=pixel_size),
+    }
+    if to not in writers:
+        raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
+    names = _split(class_names)
+    pictures, cells = _read_cells(source, images, names)
+    kept = exports.cells_by_picture(pictures, cells, score_threshold=score_threshold)
+    writers[to](output, pictures, kept, names)
+    number = sum(map(len, kept))
+    typer.echo(f"{number} of {len(cells)} cells in {len(pictures)} images: {output}")
+
+
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
@@ -464,6 +522,29 @@ def _divide(
 
     counts = {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
     return split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=val_ids)
+
+
+def _read_cells(
+    source: Path, images: Path | None, names: tuple[str, ...]
+) -> tuple[list["Picture"], list[dict[str, Any]]]:
+    """Return the images and the cells of a result file, or of a folder of samples."""
+    from cellseg.coco import read_records
+    from cellseg.data import CellDataset
+    from cellseg.evaluation import dataset_truth
+    from cellseg.exports import list_pictures, pictures_of_samples
+
+    if source.is_dir():
+        dataset = CellDataset(source, class_names=names)
+        truth = dataset_truth(dataset, progress=True)
+        return pictures_of_samples(dataset), truth["annotations"]
+    if images is None:
+        raise SettingsError("give --images: the release, samples or image that was segmented")
+    pictures = list_pictures(images, names)
+    sizes = {picture.image_id: picture.size for picture in pictures}
+    records = read_records(
+        source, image_ids=sizes, category_ids=range(1, len(names) + 1), image_sizes=sizes
+    )
+    return pictures, records
 
 
 def _without_none(settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ RELEASE_NAME = "hw3-data-release"
 TRAIN_NAME = "train"
 TEST_NAME = "test_release"
 INDEX_NAME = "test_image_name_to_ids.json"
+CLASSES_NAME = "class_names.json"
 MARKER_NAME = ".extracted"
 DEFAULT_RELEASE_ID = "1B0qWNzQZQmfQP7x7o4FDdgb9GvPDoFzI"
 """The archive of 2025 on Google Drive."""
@@ -38,12 +39,14 @@ class Release:
         train_dir: one folder a training sample.
         test_dir: images without truth, or None where only `train/` was given.
         index_path: JSON list of file name, id, height and width, or None.
+        class_names: of class1, class2, ..., where the folder tells them in `class_names.json`.
     """
 
     root: Path
     train_dir: Path
     test_dir: Path | None
     index_path: Path | None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,22 @@ def _missing_parts(folder: Path) -> str:
 
 
 def _release_at(folder: Path) -> Release:
-    test, index = folder / TEST_NAME, folder / INDEX_NAME
+    test, index, classes = (folder / name for name in (TEST_NAME, INDEX_NAME, CLASSES_NAME))
     return Release(
         root=folder,
         train_dir=folder / TRAIN_NAME,
         test_dir=test if test.is_dir() else None,
         index_path=index if index.is_file() else None,
+        class_names=_read_class_names(classes) if classes.is_file() else None,
     )
+
+
+def _read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the names that a release tells of its classes."""
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"{path} is no list of class names; correct it, or remove it")
+    return tuple(names)
 
 
 def _folders(top: Path, depth: int) -> Iterator[Path]:
