@@ -17,6 +17,7 @@ from cellseg.evaluation import (
     score_nuclei,
     score_records,
 )
+from cellseg.inference import settle_classes
 
 CLASS_NAMES = ("epithelial", "inflammatory", "spindle", "other")
 FOLDERS = {"tiles": "consep_tiles", "pieces": "consep"}
@@ -110,14 +111,13 @@ def score_examined(data: Path, folder: Path) -> dict[str, Any]:
 
     Returns:
         dict of `tiles` and `pieces` (ap50, ap50_100, ap, ap50_per_class), `score_threshold` (the
-        cut, chosen on training tiles), and on whole tiles, all nuclei as one class, `pq`, `aji`
-        and `dice` pooled and `pq_mean`, ... as means over tiles; `intervals`: [low, high] of
-        some of them by draws of tiles.
+        cut, chosen on training tiles), and on whole tiles, all nuclei as one class and one record
+        a nucleus, `pq`, `aji` and `dice` pooled and `pq_mean`, ... as means over tiles;
+        `intervals`: [low, high] of some of them by draws of tiles.
     """
-    truth = examined_truth(data)
-    records = {part: read_records(folder / f"{part}.json") for part in PARTS}
+    truth, records = examined_truth(data), examined_records(folder)
     cut = choose_score_threshold(truth["tuning"], records["tuning"])
-    nuclei = score_nuclei(truth["tiles"], records["tiles"], score_threshold=cut)
+    nuclei = score_nuclei(truth["nuclei"], records["nuclei"], score_threshold=cut)
     return {
         **{part: average_precisions(truth[part], records[part]) for part in ("tiles", "pieces")},
         "score_threshold": cut,
@@ -128,16 +128,24 @@ def score_examined(data: Path, folder: Path) -> dict[str, Any]:
 
 
 def examined_truth(data: Path) -> dict[str, Truth]:
-    """Return the truth of all that is examined."""
-    return {part: dataset_truth(dataset) for part, dataset in examined_samples(data).items()}
+    """Return the truth of all that is examined; "nuclei" are those of the whole tiles."""
+    truth = {part: dataset_truth(dataset) for part, dataset in examined_samples(data).items()}
+    return truth | {"nuclei": truth["tiles"]}
+
+
+def examined_records(folder: Path) -> dict[str, list[Record]]:
+    """Return the records of all that is examined; in "nuclei" and "tuning" one a nucleus."""
+    records = {part: read_records(folder / f"{part}.json") for part in PARTS}
+    tuning, nuclei = settle_classes(records["tuning"]), settle_classes(records["tiles"])
+    return records | {"tuning": tuning, "nuclei": nuclei}
 
 
 def tile_intervals(
     data: Path, truth: Mapping[str, Truth], records: Mapping[str, list[Record]], cut: float
 ) -> dict[str, list[float | None]]:
     """Return 95 % intervals over the held tiles, [low, high] by name."""
-    wanted = {"tiles": ("ap50", *NUCLEI), "pieces": ("ap50",)}
-    groups = {"tiles": None, "pieces": tile_of_pieces(data)}
+    wanted = {"tiles": ("ap50",), "nuclei": NUCLEI, "pieces": ("ap50",)}
+    groups = {"pieces": tile_of_pieces(data)}
     return {
         name if name in NUCLEI else f"{part}_{name}": [interval.low, interval.high]
         for part, statistics in wanted.items()
@@ -146,7 +154,7 @@ def tile_intervals(
             records[part],
             statistics=statistics,
             score_threshold=cut,
-            groups=groups[part],
+            groups=groups.get(part),
         ).items()
     }
 
@@ -160,20 +168,24 @@ def tile_differences(data: Path, before: Path, after: Path) -> dict[str, str]:
         a sentence with the difference and its 95 % interval by name, as in `tile_intervals`.
     """
     truth = examined_truth(data)
-    folders = (before, after)
-    records = {
-        part: [read_records(folder / f"{part}.json") for folder in folders] for part in PARTS
-    }
-    cuts = tuple(choose_score_threshold(truth["tuning"], found) for found in records["tuning"])
+    records = [examined_records(folder) for folder in (before, after)]
+    cuts = tuple(choose_score_threshold(truth["tuning"], found["tuning"]) for found in records)
     names = (before.name, after.name)
+    parts = {"ap50": "tiles"} | dict.fromkeys(NUCLEI, "nuclei")
     sentences = {
         name: compare_records(
-            truth["tiles"], *records["tiles"], statistic=name, score_thresholds=cuts, names=names
+            truth[part],
+            *(found[part] for found in records),
+            statistic=name,
+            score_thresholds=cuts,
+            names=names,
         ).sentence
-        for name in ("ap50", *NUCLEI)
+        for name, part in parts.items()
     }
     groups = tile_of_pieces(data)
-    pieces = compare_records(truth["pieces"], *records["pieces"], names=names, groups=groups)
+    pieces = compare_records(
+        truth["pieces"], *(found["pieces"] for found in records), names=names, groups=groups
+    )
     return {"tiles_ap50": sentences.pop("ap50"), "pieces_ap50": pieces.sentence, **sentences}
 
 
