@@ -72,12 +72,12 @@ def test_options_reach_the_parts():
     assert [int(side) for side in squares] == [6, 12, 24, 48, 96]
     assert model.rpn.fg_bg_sampler.batch_size_per_image == 32
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (70, 70)
-    heads = model.roi_heads
-    assert heads.fg_bg_sampler.batch_size_per_image == 64
-    assert (heads.detections_per_img, heads.score_thresh, heads.nms_thresh) == (7, 0.01, 0.3)
-    assert heads.box_predictor.cls_score.out_features == 6
-    assert heads.box_predictor.bbox_pred.out_features == 24
-    assert heads.mask_predictor.mask_fcn_logits.out_channels == 6
+    parts = model.roi_heads
+    assert parts.fg_bg_sampler.batch_size_per_image == 64
+    assert (parts.detections_per_img, parts.score_thresh, parts.nms_thresh) == (7, 0.01, 0.3)
+    assert parts.box_predictor.cls_score.out_features == 6
+    assert parts.box_predictor.bbox_pred.out_features == 24
+    assert parts.mask_predictor.mask_fcn_logits.out_channels == 6
 
 
 def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
@@ -85,34 +85,30 @@ def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
     with torch.inference_mode():
         found = model([make_image(64, 96)])[0]
     assert found["masks"].shape[1:] == (1, 16, 16)
-    heads = model.roi_heads
-    assert heads.box_head.fc6.in_features == 16 * 5 * 5
-    assert len([m for m in heads.mask_head.modules() if isinstance(m, nn.Conv2d)]) == 2
+    assert model.roi_heads.box_head.fc6.in_features == 16 * 5 * 5
+    convolutions = [m for m in model.roi_heads.mask_head.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 2
 
 
-def rois_of_masks(model, target):
-    """Return labels and RoIs that the mask loss of one training pass sees."""
-    seen = []
-    inner = model.roi_heads._mask_loss
-    model.roi_heads._mask_loss = lambda logits, rois, matched, labels, targets: (
-        seen.append((labels, rois, logits)) or inner(logits, rois, matched, labels, targets)
-    )
-    losses_of(model.train(), make_image(HEIGHT, WIDTH), target)
-    return seen[0]
-
-
-def test_the_mask_loss_sees_at_most_so_many_cells():
+def test_the_mask_loss_sees_at_most_so_many_cells(monkeypatch):
     squares = [(1 + k % 2, 4 + 9 * k, 5, 11 + 9 * k, 13) for k in range(8)]
-    target = make_target(HEIGHT, WIDTH, squares)
-    all_labels, all_rois, _ = rois_of_masks(tiny_model(rois_per_image=64), target)
-    labels, rois, logits = rois_of_masks(tiny_model(rois_per_image=64, mask_rois=5), target)
-    assert len(all_labels) >= 8 and len(labels) == len(rois[0]) == len(logits) == 5
-    # A part of the same RoIs, each with its own class; not simply the first of them.
-    places = [(all_rois[0] == roi).all(dim=1).nonzero()[0].item() for roi in rois[0]]
+    target, seen = make_target(HEIGHT, WIDTH, squares), []
+    monkeypatch.setattr(
+        "cellseg.models.heads.sample_mask_targets",
+        lambda instance_map, instances, rois, size: (
+            seen.append((instances, rois)) or torch.zeros(len(rois), size, size)
+        ),
+    )
+    for mask_rois in (None, 5, 1000):
+        model = tiny_model(rois_per_image=64, mask_rois=mask_rois).train()
+        losses_of(model, make_image(HEIGHT, WIDTH), target)
+    (every, all_rois), (some, rois), (many, many_rois) = seen
+    assert len(every) >= 8 and len(some) == len(rois) == 5
+    # A part of the same RoIs, each with its own cell; not simply the first of them.
+    places = [(all_rois == roi).all(dim=1).nonzero()[0].item() for roi in rois]
     assert len(set(places)) == 5 and places != [0, 1, 2, 3, 4]
-    assert torch.equal(all_labels[places], labels)
-    many, _, _ = rois_of_masks(tiny_model(rois_per_image=64, mask_rois=1000), target)
-    assert torch.equal(many, all_labels)
+    assert torch.equal(every[places], some)
+    assert torch.equal(many, every) and torch.equal(many_rois, all_rois)
 
 
 def test_more_than_a_hundred_cells_can_be_found():

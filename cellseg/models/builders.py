@@ -28,6 +28,7 @@ from cellseg.models.weights import (
     load_backbone,
     load_detector,
     read_weights,
+    spread_over_stages,
 )
 
 MAX_TRAINABLE_PARAMETERS = 200_000_000  # the course's limit
@@ -277,6 +278,7 @@ def _choose_norm(
     in_heads = [
         key for key in own if key.endswith("running_var") and not key.startswith(BODY_PREFIX)
     ]
+    state = spread_over_stages(state, own)
     loaded = all(key in state and state[key].shape == own[key].shape for key in in_heads)
     return "frozen" if loaded else "heads"
 

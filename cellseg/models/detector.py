@@ -1,5 +1,8 @@
 """A detector around a backbone, composed of parts that are handed to constructors."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
@@ -9,6 +12,12 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cellseg.models.bodies import BodyMaker, NormedBackboneWithFPN
+from cellseg.models.cascade import (
+    STAGE_BOX_WEIGHTS,
+    STAGE_IOUS,
+    CascadeRoIHeads,
+    OneBoxPredictor,
+)
 from cellseg.models.heads import (
     CellRoIHeads,
     CellRPN,
@@ -89,30 +98,61 @@ def _roi_heads(
     options: DetectorOptions, num_classes: int, norm_layer: type[nn.Module] | None
 ) -> CellRoIHeads:
     """Return box and mask heads: with a norm layer the deep ones of the v2 detector."""
-    channels, width = options.fpn_channels, options.head_width
-    size = options.box_roi_size
+    if not options.cascade:
+        parts = _box_parts(options, norm_layer, Float32BoxPredictor, num_classes)
+        return CellRoIHeads(**parts, **_mask_parts(options, norm_layer, num_classes))
+    stages = [
+        _box_parts(options, norm_layer, OneBoxPredictor, num_classes, iou, weights)
+        for iou, weights in zip(STAGE_IOUS, STAGE_BOX_WEIGHTS, strict=True)
+    ]
+    return CascadeRoIHeads(
+        **stages[-1],
+        **_mask_parts(options, norm_layer, num_classes),
+        earlier=[CellRoIHeads(**parts) for parts in stages[:-1]],
+    )
+
+
+def _box_parts(
+    options: DetectorOptions,
+    norm_layer: type[nn.Module] | None,
+    predictor: Callable[[int, int], nn.Module],
+    num_classes: int,
+    iou: float = 0.5,
+    box_weights: tuple[float, ...] | None = None,
+) -> dict[str, Any]:
+    """Return what finds boxes: pooling, head, predictor, and how they are trained."""
+    channels, size, width = options.fpn_channels, options.box_roi_size, options.head_width
     if norm_layer is None:
-        box_head: nn.Module = TwoMLPHead(channels * size**2, width)
+        head: nn.Module = TwoMLPHead(channels * size**2, width)
     else:
-        box_head = FastRCNNConvFCHead(
+        head = FastRCNNConvFCHead(
             (channels, size, size), [channels] * 4, [width], norm_layer=norm_layer
         )
-    return CellRoIHeads(
-        PyramidRoIAlign(size),
-        box_head,
-        Float32BoxPredictor(width, num_classes),
-        fg_iou_thresh=0.5,
-        bg_iou_thresh=0.5,
-        batch_size_per_image=options.rois_per_image,
-        positive_fraction=0.25,
-        bbox_reg_weights=None,
-        score_thresh=options.score_threshold,
-        nms_thresh=options.nms_threshold,
-        detections_per_img=options.detections_per_image,
-        mask_roi_pool=PyramidRoIAlign(options.mask_roi_size),
-        mask_head=MaskRCNNHeads(
+    return {
+        "box_roi_pool": PyramidRoIAlign(size),
+        "box_head": head,
+        "box_predictor": predictor(width, num_classes),
+        "fg_iou_thresh": iou,
+        "bg_iou_thresh": iou,
+        "batch_size_per_image": options.rois_per_image,
+        "positive_fraction": 0.25,
+        "bbox_reg_weights": box_weights,
+        "score_thresh": options.score_threshold,
+        "nms_thresh": options.nms_threshold,
+        "detections_per_img": options.detections_per_image,
+    }
+
+
+def _mask_parts(
+    options: DetectorOptions, norm_layer: type[nn.Module] | None, num_classes: int
+) -> dict[str, Any]:
+    """Return what finds masks."""
+    channels = options.fpn_channels
+    return {
+        "mask_roi_pool": PyramidRoIAlign(options.mask_roi_size),
+        "mask_head": MaskRCNNHeads(
             channels, [channels] * options.mask_layers, 1, norm_layer=norm_layer
         ),
-        mask_predictor=MaskRCNNPredictor(channels, channels, num_classes),
-        mask_rois=options.mask_rois,
-    )
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+        "mask_rois": options.mask_rois,
+    }

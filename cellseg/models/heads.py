@@ -162,7 +162,12 @@ class CellRPN(RegionProposalNetwork):
 class CellRoIHeads(RoIHeads):
     """Box and mask heads trained from instance maps."""
 
-    def __init__(self, *parts: Any, mask_rois: int | None = None, **named_parts: Any) -> None:
+    def __init__(
+        self,
+        *parts: Any,
+        mask_rois: int | None = None,
+        **named_parts: Any,
+    ) -> None:
         """Take the parts of torchvision's `RoIHeads`.
 
         Args:
@@ -214,23 +219,20 @@ class CellRoIHeads(RoIHeads):
         targets: list[dict[str, Any]] | None,
     ) -> dict[str, Tensor]:
         """Return the losses of sampled RoIs."""
-        rois, matched, labels, offsets = self.select_training_samples(proposals, targets)
-        pooled = self.box_roi_pool(features, rois, image_shapes)
-        logits, predicted_offsets = self.box_predictor(self.box_head(pooled))
-        loss_classifier, loss_box = fastrcnn_loss(logits, predicted_offsets, labels, offsets)
-        positive = [self._draw_positive(label) for label in labels]
-        rois = [boxes[chosen] for boxes, chosen in zip(rois, positive, strict=True)]
-        matched = [index[chosen] for index, chosen in zip(matched, positive, strict=True)]
-        mask_labels = torch.cat(
-            [label[chosen] for label, chosen in zip(labels, positive, strict=True)]
-        )
-        mask_logits = self._mask_logits(features, rois, image_shapes)
-        loss_mask = self._mask_loss(mask_logits, rois, matched, mask_labels, targets)
+        rois, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        logits, offsets = self.predict_boxes(features, rois, image_shapes)
+        loss_classifier, loss_box = fastrcnn_loss(logits, offsets, labels, wanted)
         return {
             "loss_classifier": loss_classifier,
             "loss_box_reg": loss_box,
-            "loss_mask": loss_mask,
+            "loss_mask": self._mask_loss(features, rois, matched, labels, image_shapes, targets),
         }
+
+    def predict_boxes(
+        self, features: dict[str, Tensor], rois: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return class logits [K, C] and box offsets [K, 4 C] of all images' RoIs."""
+        return self.box_predictor(self.box_head(self.box_roi_pool(features, rois, image_shapes)))
 
     def _draw_positive(self, labels: Tensor) -> Tensor:
         """Return which of an image's RoIs the mask loss sees: its cells, or a random part."""
@@ -249,14 +251,21 @@ class CellRoIHeads(RoIHeads):
 
     def _mask_loss(
         self,
-        logits: Tensor,
+        features: dict[str, Tensor],
         rois: list[Tensor],
         matched: list[Tensor],
-        labels: Tensor,
+        labels: list[Tensor],
+        image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Any]],
     ) -> Tensor:
-        """Return the mean binary cross-entropy of the mask of each RoI's own class."""
-        if len(labels) == 0:
+        """Return the mean binary cross-entropy of the mask of each positive RoI's own class."""
+        positive = [self._draw_positive(label) for label in labels]
+        rois, matched, labels = (
+            [values[chosen] for values, chosen in zip(column, positive, strict=True)]
+            for column in (rois, matched, labels)
+        )
+        logits = self._mask_logits(features, rois, image_shapes)
+        if len(logits) == 0:
             return logits.sum() * 0  # keeps every parameter in the graph
         mask_targets = torch.cat(
             [
@@ -269,8 +278,19 @@ class CellRoIHeads(RoIHeads):
                 for target, index, boxes in zip(targets, matched, rois, strict=True)
             ]
         )
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
-        return F.binary_cross_entropy_with_logits(chosen, mask_targets)
+        own = torch.cat(labels)
+        return F.binary_cross_entropy_with_logits(
+            logits[torch.arange(len(own), device=own.device), own], mask_targets
+        )
+
+    def _classify(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return class logits, box offsets, and the boxes that these move."""
+        return *self.predict_boxes(features, proposals, image_shapes), proposals
 
     def _detections(
         self,
@@ -279,8 +299,7 @@ class CellRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Return the detections of each image, best score first."""
-        pooled = self.box_roi_pool(features, proposals, image_shapes)
-        logits, offsets = self.box_predictor(self.box_head(pooled))
+        logits, offsets, proposals = self._classify(features, proposals, image_shapes)
         results = []
         for index, (boxes, scores, labels) in enumerate(
             zip(*self.postprocess_detections(logits, offsets, proposals, image_shapes), strict=True)
@@ -294,9 +313,8 @@ class CellRoIHeads(RoIHeads):
                     boxes.split(MASKS_AT_ONCE), labels.split(MASKS_AT_ONCE), strict=True
                 )
             ]
-            results.append(
-                {"boxes": boxes, "labels": labels, "scores": scores, "masks": torch.cat(masks)}
-            )
+            found = {"boxes": boxes, "labels": labels, "scores": scores, "masks": torch.cat(masks)}
+            results.append(found)
         return results
 
     def _mask_probabilities(

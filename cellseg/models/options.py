@@ -45,6 +45,8 @@ class DetectorOptions:
         proposals: boxes that the RPN hands on in evaluation, of each level and in all. A cell
             without one is lost: more than an image has cells, several times.
         detections_per_image: detections kept in an image; a square of 1000 px has up to 2,300.
+        cascade: three box heads in a row, trained at IoU 0.5, 0.6 and 0.7 (see `cascade`), in
+            place of one.
         score_threshold: detections below it are dropped, 0-1.
         nms_threshold: box IoU over which two detections of one class are one cell, 0-1.
         seed: of the weights that are drawn at random.
@@ -65,6 +67,7 @@ class DetectorOptions:
     train_proposals: int = 1000
     proposals: int = 4000
     detections_per_image: int = 2500
+    cascade: bool = False
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     seed: int = 0

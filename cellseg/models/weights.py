@@ -1,5 +1,6 @@
 """Pretrained weights: where they come from, what of them fits, and what to do without network."""
 
+import re
 import struct
 import zipfile
 import zlib
@@ -136,6 +137,7 @@ def load_detector(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
         WeightsError: if the backbone does not fit, that is, it is another network.
     """
     own = model.state_dict()
+    state = spread_over_stages(state, own)
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     body = [k for k in own if k.startswith(BODY_PREFIX) and not k.endswith(UNIMPORTANT)]
     lost = [key for key in body if key not in fitting]
@@ -150,6 +152,17 @@ def load_detector(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     if not remade:
         return f"{source}: all {kept} tensors kept"
     return f"{source}: {kept} tensors kept, re-made: {', '.join(remade)}"
+
+
+def spread_over_stages(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a detector's state with its box head for the earlier stages of a cascade, too."""
+    filled = dict(state)
+    for key in own:
+        stage = re.match(r"roi_heads\.earlier\.\d+\.", key)
+        last = stage and f"roi_heads.{key[stage.end() :]}"
+        if last and key not in state and last in state:
+            filled[key] = state[last]
+    return filled
 
 
 def load_backbone(body: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
