@@ -123,7 +123,7 @@ def test_every_weight_of_a_cascade_takes_part_in_every_step(squares):
 
 
 def test_a_cascades_spec_rebuilds_it():
-    model = tiny_model(cascade=True, score_threshold=0.0).eval()
+    model = tiny_model(cascade=True, mask_quality=0.5, score_threshold=0.0).eval()
     again = build_from_spec(json.loads(json.dumps(model.spec))).eval()
     again.load_state_dict(model.state_dict())
     assert again.spec == model.spec

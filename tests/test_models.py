@@ -18,6 +18,7 @@ from cellseg.models import (
     builders,
     count_trainable_parameters,
     get_model_convnext_tiny,
+    heads,
 )
 from cellseg.models.heads import PyramidRoIAlign
 from cellseg.training.validation import forked_seed
@@ -184,6 +185,37 @@ def test_byte_and_float_images_are_the_same_to_the_network():
     assert transform([image.double() / 255])[0].tensors.dtype == torch.float32
 
 
+def test_sure_masks_come_first_if_that_is_wanted():
+    model = tiny_model(mask_quality=2.0)
+    masks = torch.full((4, 1, 2, 2), 0.2)
+    masks[0, 0, 0] = torch.tensor([0.6, 0.8])  # mean 0.7 of two pixels over one half
+    masks[1] = 0.9
+    masks[3, 0, 1, 1] = 0.5  # not over one half
+    found = {
+        "boxes": torch.arange(16.0).reshape(4, 4), "labels": torch.tensor([1, 2, 3, 4]),
+        "scores": torch.tensor([0.8, 0.5, 0.4, 0.3]), "masks": masks,
+    }  # fmt: skip
+    weighed = heads.weigh_by_masks(found, model.roi_heads.mask_quality)
+    assert weighed["scores"].tolist() == pytest.approx([0.5 * 0.81, 0.8 * 0.49, 0, 0])
+    assert weighed["labels"].tolist() == [2, 1, 3, 4]
+    assert torch.equal(weighed["masks"], masks[[1, 0, 2, 3]])
+    assert torch.equal(weighed["boxes"][0], torch.arange(4.0, 8))
+    assert found["scores"].tolist() == pytest.approx([0.8, 0.5, 0.4, 0.3])
+
+
+def test_mask_quality_changes_scores_alone():
+    plain, weighed = (
+        tiny_model(score_threshold=0.0),
+        tiny_model(score_threshold=0.0, mask_quality=1.0),
+    )
+    with torch.inference_mode():
+        before, after = (m.eval()([make_image(64, 96, SQUARES)])[0] for m in (plain, weighed))
+    assert len(before["scores"]) == len(after["scores"]) > 10
+    assert after["scores"].tolist() == sorted(after["scores"].tolist(), reverse=True)
+    assert (after["scores"].sort().values <= before["scores"].sort().values).all()
+    assert torch.allclose(after["boxes"].sum(dim=0), before["boxes"].sum(dim=0))
+
+
 def test_images_of_different_size_share_a_batch():
     model = tiny_model(score_threshold=0.0).eval()
     images = [make_image(33, 90, SQUARES[:1]), make_image(120, 40)]
@@ -274,6 +306,7 @@ BAD_OPTIONS = [
     ({"fpn_channels": 0}, "fpn_channels=0: 1 or more"),
     ({"proposals": 0}, "proposals=0: 1 or more"),
     ({"mask_rois": 0}, "mask_rois=0: 1 or more, or None for all"),
+    ({"mask_quality": -1}, "mask_quality=-1: 0 or more"),
     ({"mask_layers": 0}, "mask_layers=0: 1 or more"),
     ({"detections_per_image": -1}, "detections_per_image=-1: 1 or more"),
     ({"weights": "COCO"}, "has no weights 'COCO'; there are DEFAULT, IMAGENET, a file, or None"),

@@ -155,4 +155,5 @@ def _mask_parts(
         ),
         "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
         "mask_rois": options.mask_rois,
+        "mask_quality": options.mask_quality,
     }

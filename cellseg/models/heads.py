@@ -166,6 +166,7 @@ class CellRoIHeads(RoIHeads):
         self,
         *parts: Any,
         mask_rois: int | None = None,
+        mask_quality: float = 0.0,
         **named_parts: Any,
     ) -> None:
         """Take the parts of torchvision's `RoIHeads`.
@@ -174,10 +175,12 @@ class CellRoIHeads(RoIHeads):
             *parts: see torchvision.
             mask_rois: the mask loss sees at most so many RoIs of an image; None for all that are
                 cells.
+            mask_quality: power of the masks' certainty that scores are multiplied by; 0 or more.
             **named_parts: see torchvision.
         """
         super().__init__(*parts, **named_parts)
         self.mask_rois = mask_rois
+        self.mask_quality = mask_quality
 
     def check_targets(self, targets: list[dict[str, Any]] | None) -> None:
         """Raise ValueError unless every target has what the losses need."""
@@ -314,7 +317,7 @@ class CellRoIHeads(RoIHeads):
                 )
             ]
             found = {"boxes": boxes, "labels": labels, "scores": scores, "masks": torch.cat(masks)}
-            results.append(found)
+            results.append(weigh_by_masks(found, self.mask_quality) if self.mask_quality else found)
         return results
 
     def _mask_probabilities(
@@ -323,3 +326,19 @@ class CellRoIHeads(RoIHeads):
         """Return [K, 1, M, M] in 0-1: the mask of each box's class."""
         logits = self._mask_logits(features, [boxes], [shape])
         return logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()[:, None]
+
+
+def weigh_by_masks(found: dict[str, Tensor], power: float) -> dict[str, Tensor]:
+    """Return detections with scores times their masks' certainty, best first again.
+
+    A score speaks of class and box; how good the mask is, is another matter (Huang et al., Mask
+    Scoring R-CNN, 2019). There a network of its own guesses it; here it is the mean probability
+    of the pixels over one half, 0 if there are none: no parameter, and no training.
+    """
+    masks = found["masks"]
+    inside = masks > 0.5
+    pixels = inside.sum(dim=(1, 2, 3)).clamp(min=1)
+    certainty = (masks * inside).sum(dim=(1, 2, 3)) / pixels
+    found = found | {"scores": found["scores"] * certainty**power}
+    order = found["scores"].argsort(descending=True, stable=True)
+    return {name: values[order] for name, values in found.items()}

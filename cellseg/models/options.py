@@ -47,6 +47,8 @@ class DetectorOptions:
         detections_per_image: detections kept in an image; a square of 1000 px has up to 2,300.
         cascade: three box heads in a row, trained at IoU 0.5, 0.6 and 0.7 (see `cascade`), in
             place of one.
+        mask_quality: scores are multiplied by this power of the mean probability of their mask's
+            pixels over one half; 0 leaves them as they are.
         score_threshold: detections below it are dropped, 0-1.
         nms_threshold: box IoU over which two detections of one class are one cell, 0-1.
         seed: of the weights that are drawn at random.
@@ -68,6 +70,7 @@ class DetectorOptions:
     proposals: int = 4000
     detections_per_image: int = 2500
     cascade: bool = False
+    mask_quality: float = 0.0
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     seed: int = 0
@@ -111,6 +114,7 @@ def _conditions(options: DetectorOptions, num_classes: int) -> list[tuple[bool, 
         (0 <= options.trainable_stages <= 5, f"trainable_stages={options.trainable_stages}: 0-5"),
         (0 <= options.score_threshold <= 1, f"score_threshold={options.score_threshold}: 0 to 1"),
         (0 <= options.nms_threshold <= 1, f"nms_threshold={options.nms_threshold}: 0 to 1"),
+        (options.mask_quality >= 0, f"mask_quality={options.mask_quality}: 0 or more"),
         (
             options.mask_rois is None or options.mask_rois >= 1,
             f"mask_rois={options.mask_rois}: 1 or more, or None for all",
