@@ -5,6 +5,8 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +18,11 @@ from cellseg.errors import CellsegError, SettingsError
 from cellseg.files import read_text
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cellseg.data import CellDataset
     from cellseg.exports import Picture
+    from cellseg.training.distributed import Ranks
 
 app = typer.Typer(
     help="Segment cells with Mask R-CNN, from annotated images to a checked result file.",
@@ -111,6 +116,8 @@ def train(
     precision: Annotated[str | None, _help("auto, float32, bfloat16 or float16.")] = None,
     val_ids: Ids = None,
     val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
+    folds: Annotated[int, _help("Instead: so many models, each image held out by one.")] = 0,
+    train_on_all: Annotated[bool, typer.Option(help="After folds: train on every image.")] = False,
     class_names: Names = DEFAULT_NAMES,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
@@ -129,12 +136,15 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
 
+    With --folds similar images are held out together, each fold is a run in the run's folder, and
+    the records of all images, each by the model that did not see it, are in its oof.json.
+
     Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
     after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
     """
     from cellseg import presets
     from cellseg.data import CellDataset, TrainTransform, make_loaders
-    from cellseg.training import TrainingInterrupted, fit, join_ranks, open_run
+    from cellseg.training import fit, join_ranks, open_run
 
     model_settings = {
         "backbone": backbone, "weights": weights, "image_scale": image_scale,
@@ -153,6 +163,10 @@ def train(
         "precision": precision,
     }  # fmt: skip
     given = _without_none(model_settings | crop_settings | schedule)
+    if folds and val_ids:
+        raise SettingsError("--folds holds out every image; leave out --val-ids")
+    if train_on_all and not folds:
+        raise SettingsError("--train-on-all comes after --folds; say how many")
     with join_ranks(device) as ranks:
         dataset = CellDataset(
             train_dir,
@@ -166,15 +180,31 @@ def train(
         train_data, val_data = dataset.subset(train_ids), dataset.subset(held_ids)
         chosen = presets.pick_preset(device) if preset == "auto" else preset
         recipe = presets.override(presets.preset(chosen), given)
-        recipe = ranks.from_first(partial(presets.settle_sizes, recipe, train_data))
+        sized = dataset if folds else train_data
+        recipe = ranks.from_first(partial(presets.settle_sizes, recipe, sized))
         parts = presets.sort_settings(recipe)
         train_data.transform = TrainTransform(**parts["transform"])
-        model = presets.pick_builder(recipe["backbone"])(
+        build = partial(
+            presets.pick_builder(recipe["backbone"]),
             dataset.num_classes,
             weights=None if recipe["weights"] == "none" else recipe["weights"],
             seed=seed,
             **parts["builder"],
         )
+        options = {
+            "device": device, "seed": seed, "save_every": save_minutes * 60,
+            "keep_checkpoints": keep_checkpoints, "tracker": tracker, "ranks": ranks,
+        }  # fmt: skip
+        if folds:
+            if ranks.first:
+                typer.echo(f"preset {chosen}: {recipe}")
+            with _told_if_stopped(ranks.first):
+                _train_folds(
+                    build, dataset, parts, folds, runs_dir, name,
+                    train_on_all=train_on_all, on_change=on_change, workers=workers, **options,
+                )  # fmt: skip
+            return
+        model = build()
         open_it = partial(
             open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
             recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
@@ -186,18 +216,12 @@ def train(
         train_loader, val_loader = make_loaders(
             train_data, val_data, workers=workers, seed=seed, **parts["loaders"]
         )
-        try:
+        with _told_if_stopped(ranks.first):
             for epoch in fit(
-                model, train_loader, val_loader, run_dir=run.path, device=device, seed=seed,
-                save_every=save_minutes * 60, keep_checkpoints=keep_checkpoints, tracker=tracker,
-                ranks=ranks, **parts["fit"],
-            ):  # fmt: skip
+                model, train_loader, val_loader, run_dir=run.path, **options, **parts["fit"]
+            ):
                 if ranks.first:
                     typer.echo(epoch.line())
-        except TrainingInterrupted as interrupted:
-            if ranks.first:
-                typer.echo(str(interrupted), err=True)
-            raise typer.Exit(128 + interrupted.signum) from None
         if ranks.first:
             typer.echo(f"run folder: {run.path}")
 
@@ -512,6 +536,51 @@ def _leave(rank: str | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+@contextmanager
+def _told_if_stopped(tells: bool) -> Iterator[None]:
+    """Exit with 128 + the signal's number if training in the block is asked to stop."""
+    from cellseg.training import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as interrupted:
+        if tells:
+            typer.echo(str(interrupted), err=True)
+        raise typer.Exit(128 + interrupted.signum) from None
+
+
+def _train_folds(
+    build: Callable[[], "nn.Module"],
+    dataset: "CellDataset",
+    parts: dict[str, dict[str, Any]],
+    folds: int,
+    runs_dir: Path,
+    name: str | None,
+    *,
+    seed: int,
+    ranks: "Ranks",
+    **options: Any,
+) -> None:
+    """Train a model a fold, and say where the records of all images are."""
+    from cellseg.data import group_by_similarity
+    from cellseg.training.folds import folds_name, plan_folds, read_folds, train_folds
+
+    def plan() -> tuple[Path, list[tuple[list[str], list[str]]]]:
+        run_dir = runs_dir / (name or folds_name(build(), dataset, parts, folds, seed))
+        groups = partial(group_by_similarity, progress=True)
+        return run_dir, plan_folds(dataset, run_dir, groups, folds=folds, seed=seed)
+
+    run_dir, planned = ranks.from_first(plan)
+    for fold, epoch in train_folds(
+        build, dataset, planned, parts, run_dir=run_dir, seed=seed, ranks=ranks, **options
+    ):
+        if ranks.first:
+            typer.echo(f"{fold}, {epoch.line()}")
+    if ranks.first:
+        scores = read_folds(run_dir)["oof"]
+        typer.echo(f"run folder: {run_dir}; out of fold: AP50 {scores['ap50']}")
 
 
 def _divide(

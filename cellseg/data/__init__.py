@@ -22,7 +22,13 @@ from cellseg.data.release import (
     read_test_index,
 )
 from cellseg.data.sample import make_sample_release
-from cellseg.data.splits import split_ids
+from cellseg.data.similarity import (
+    Nearest,
+    group_by_similarity,
+    leaks_table,
+    nearest_training_images,
+)
+from cellseg.data.splits import make_folds, split_ids
 from cellseg.data.tissue import make_tissue
 from cellseg.data.transforms import TrainTransform, update_target
 
@@ -34,6 +40,7 @@ __all__ = [
     "ChannelOrder",
     "EpochSampler",
     "ImageRow",
+    "Nearest",
     "Oddity",
     "Release",
     "SampleCache",
@@ -47,10 +54,14 @@ __all__ = [
     "extract_archive",
     "find_release",
     "find_sample_files",
+    "group_by_similarity",
+    "leaks_table",
     "log_balanced_weights",
+    "make_folds",
     "make_loaders",
     "make_sample_release",
     "make_tissue",
+    "nearest_training_images",
     "read_image",
     "read_instance_ids",
     "read_sample",

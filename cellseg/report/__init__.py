@@ -1,6 +1,7 @@
 """Results a person looks at: figures of data and training, and the report of a run."""
 
 from cellseg.report.document import Report, build_report
+from cellseg.report.leaks import plot_leaks
 from cellseg.report.plots import (
     plot_audit,
     plot_augmentations,
@@ -18,6 +19,7 @@ __all__ = [
     "plot_audit",
     "plot_augmentations",
     "plot_confusion_matrix",
+    "plot_leaks",
     "plot_learning_curves",
     "plot_prediction",
     "plot_sample",

@@ -3,6 +3,7 @@
 from cellseg.training.checkpoint import load_model, read_checkpoint
 from cellseg.training.distributed import join_ranks
 from cellseg.training.fit import fit
+from cellseg.training.folds import plan_folds, read_folds, train_folds
 from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.launch import launch
 from cellseg.training.precision import pick_device
@@ -25,9 +26,12 @@ __all__ = [
     "load_model",
     "open_run",
     "pick_device",
+    "plan_folds",
     "read_checkpoint",
+    "read_folds",
     "read_history",
     "to_device",
+    "train_folds",
     "validate",
     "write_evaluation",
 ]
