@@ -1,0 +1,184 @@
+"""How optimistic a random split is: one recipe, trained once a split, examined twice.
+
+    python -m benchmarks.optimism [--set key=value ...] [--minutes 10] [--threads 1]
+
+needs CELLSEG_DATA. The pieces of CoNSeP's training tiles are split into training and validation
+twice: at random, where pieces of one tile fall on both sides, and by groups of similar images
+(`group_by_similarity`, to which the tiles are not told). Each time the recipe is trained on the
+one side and scored on the other, and on the pieces of the held tiles, which nothing was trained
+on or chosen by. AP50 on the validation images minus AP50 on the held ones is what a split
+promises too much; both trainings see the same held pieces, so that the two excesses compare.
+
+Writes optimism.json and optimism.md into the folder of --keep. Training is by processor time, as
+in `benchmarks.screen`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.consep_ids import tiles_of
+from benchmarks.held_tissue import (
+    FOLDERS,
+    average_precisions,
+    data_folder,
+    examined_samples,
+    training_samples,
+    weights_file,
+)
+from benchmarks.our_recipe import NEVER, our_predictor, sort_settings
+from benchmarks.screen import KEEP, processor_clock, read_overrides, screened_recipe
+from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
+from cellseg.data.similarity import group_by_similarity
+from cellseg.errors import CellsegError
+from cellseg.evaluation import dataset_truth
+from cellseg.models import BUILDERS
+from cellseg.training import fit, load_model, open_run
+
+SPLITS = ("random", "grouped")
+
+
+def make_splits(samples: CellDataset, val_fraction: float) -> dict[str, tuple[list[str], ...]]:
+    """Return `(train_ids, val_ids)` of each split; both are stratified by classes alike."""
+    counts = {name: samples.class_counts(index) for index, name in enumerate(samples.sample_ids)}
+    groups = {"random": None, "grouped": group_by_similarity(samples)}
+    return {
+        name: split_ids(counts, val_fraction=val_fraction, groups=groups[name]) for name in SPLITS
+    }
+
+
+def shared_tiles(split: Sequence[Sequence[str]], tiles: Mapping[str, str]) -> float:
+    """Return the share of validation images of whose tile the training holds a piece, too."""
+    train_ids, val_ids = split
+    trained = {tiles[name] for name in train_ids}
+    return sum(tiles[name] in trained for name in val_ids) / len(val_ids)
+
+
+def train_split(
+    recipe: Mapping[str, Any],
+    samples: CellDataset,
+    split: Sequence[Sequence[str]],
+    weights: Path | None,
+    folder: Path,
+) -> Path:
+    """Train the recipe on one side of a split; return the weights as they stand at the end.
+
+    An earlier run of the same recipe in the folder goes on, or is taken as it is.
+    """
+    parts, seed = sort_settings(recipe), recipe.get("seed", 0)
+    train = samples.subset(split[0], transform=TrainTransform(**parts["transform"]))
+    val = samples.subset(split[1])
+    builder = BUILDERS[f"get_model_{parts['own']['backbone']}"]
+    model = builder(samples.num_classes, weights=weights, **parts["builder"])
+    run = open_run(folder, model, train, val, recipe=dict(recipe), seed=seed, name="run")
+    # One image to validate, after the last epoch: it chooses nothing.
+    loaders = make_loaders(train, val.subset(split[1][:1]), **parts["loaders"])
+    options = {"validate_every": NEVER, "probe_images": 0}
+    for _ in fit(model, *loaders, run_dir=run.path, **options, **parts["fit"]):
+        pass
+    return run.path / "last.pt"
+
+
+def examine(
+    recipe: Mapping[str, Any], checkpoint: Path, parts: Mapping[str, CellDataset]
+) -> dict[str, dict[str, Any]]:
+    """Return the scores of a checkpoint on the images of each part."""
+    predict = our_predictor(recipe, load_model(checkpoint))
+    return {
+        name: average_precisions(dataset_truth(dataset), predict(dataset))
+        for name, dataset in parts.items()
+    }
+
+
+def measure(
+    recipe: Mapping[str, Any],
+    data: Path,
+    weights: Path | None,
+    folder: Path,
+    *,
+    threads: int = 1,
+    val_fraction: float = 0.2,
+) -> dict[str, Any]:
+    """Train both splits; return the figures of each and the difference of their optimism."""
+    torch.set_num_threads(threads)
+    samples = training_samples(data, "pieces", cache_dir=folder / "cache")
+    held = examined_samples(data)["pieces"]
+    tiles = tiles_of(data / FOLDERS["pieces"] / "provenance.json")
+    found: dict[str, Any] = {"recipe": dict(recipe), "splits": {}}
+    for name, split in make_splits(samples, val_fraction).items():
+        with processor_clock(threads):
+            checkpoint = train_split(recipe, samples, split, weights, folder / name)
+        parts = {"validation": samples.subset(split[1]), "held": held}
+        scores = examine(recipe, checkpoint, parts)
+        found["splits"][name] = {
+            "train_images": len(split[0]),
+            "val_images": len(split[1]),
+            "shared_tiles": shared_tiles(split, tiles),
+            **scores,
+            "optimism": scores["validation"]["ap50"] - scores["held"]["ap50"],
+        }
+    random, grouped = (found["splits"][name] for name in SPLITS)
+    found["ap50_difference"] = random["validation"]["ap50"] - grouped["validation"]["ap50"]
+    found["optimism_difference"] = random["optimism"] - grouped["optimism"]
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return the figures as a Markdown table and a sentence."""
+    lines = [
+        "| split | images | tile on both sides | AP50, validation | AP50, held tiles | excess |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in SPLITS:
+        row = found["splits"][name]
+        lines.append(
+            f"| {name} | {row['train_images']} + {row['val_images']} | {row['shared_tiles']:.0%} | "
+            f"{row['validation']['ap50']:.3f} | {row['held']['ap50']:.3f} | "
+            f"{row['optimism']:+.3f} |"
+        )
+    difference, excess = found["ap50_difference"], found["optimism_difference"]
+    lines += [
+        "",
+        f"The random split says {difference:+.3f} AP50 against the grouped one; measured against "
+        f"the held tiles it promises {excess:+.3f} more.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train both splits and write what was found; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of processor time a thread")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--val-fraction", type=float, default=0.2)
+    parser.add_argument("--keep", type=Path, default=KEEP / "optimism", help="folder of the runs")
+    parser.add_argument("--weights", type=Path, help="file of ImageNet weights")
+    options = parser.parse_args(arguments)
+    try:
+        data = data_folder()
+        recipe = screened_recipe(read_overrides(options.set), options.minutes)
+        found = measure(
+            recipe,
+            data,
+            weights_file(data, options.weights),
+            options.keep,
+            threads=options.threads,
+            val_fraction=options.val_fraction,
+        )
+    except CellsegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    (options.keep / "optimism.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (options.keep / "optimism.md").write_text(table(found), "utf-8")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
