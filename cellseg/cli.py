@@ -445,6 +445,7 @@ def export_cells(
         Path | None,
         typer.Option(help="Of a result file: release, folder of samples, or one image file."),
     ] = None,
+    ids: Ids = None,
     class_names: Names = DEFAULT_NAMES,
     score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.5,
     pixel_size: Annotated[float | None, _help("csv: a pixel's side in micrometres.")] = None,
@@ -465,11 +466,12 @@ def export_cells(
     if to not in writers:
         raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
     names = _split(class_names)
-    pictures, cells = _read_cells(source, images, names)
+    pictures, cells = _read_cells(source, images, names, _read_ids(ids))
     kept = exports.cells_by_picture(pictures, cells, score_threshold=score_threshold)
     writers[to](output, pictures, kept, names)
-    number = sum(map(len, kept))
-    typer.echo(f"{number} of {len(cells)} cells in {len(pictures)} images: {output}")
+    number, empty = sum(map(len, kept)), sum(not found for found in kept)
+    images_text = f"{len(pictures)} images, {empty} of them without any"
+    typer.echo(f"{number} of {len(cells)} cells in {images_text}: {output}")
 
 
 @app.command()
@@ -594,7 +596,7 @@ def _divide(
 
 
 def _read_cells(
-    source: Path, images: Path | None, names: tuple[str, ...]
+    source: Path, images: Path | None, names: tuple[str, ...], ids: list[str] | None
 ) -> tuple[list["Picture"], list[dict[str, Any]]]:
     """Return the images and the cells of a result file, or of a folder of samples."""
     from cellseg.coco import read_records
@@ -603,12 +605,12 @@ def _read_cells(
     from cellseg.exports import list_pictures, pictures_of_samples
 
     if source.is_dir():
-        dataset = CellDataset(source, class_names=names)
+        dataset = CellDataset(source, class_names=names, sample_ids=ids)
         truth = dataset_truth(dataset, progress=True)
         return pictures_of_samples(dataset), truth["annotations"]
     if images is None:
         raise SettingsError("give --images: the release, samples or image that was segmented")
-    pictures = list_pictures(images, names)
+    pictures = list_pictures(images, names, sample_ids=ids)
     sizes = {picture.image_id: picture.size for picture in pictures}
     records = read_records(
         source, image_ids=sizes, category_ids=range(1, len(names) + 1), image_sizes=sizes

@@ -684,6 +684,14 @@ def test_morphometry_of_a_pixel_and_of_lines_is_finite(box):
     assert row["solidity"] == 1
 
 
+def test_cells_of_another_image_are_not_measured(tmp_path):
+    pictures, cells = one_picture(tmp_path, (1, 0.9, RING))
+    write_png(tmp_path / "a.png", plain_image(9, 6))
+    with pytest.raises(DataError, match=r"a\.png has 9 x 6 pixels, .* 6 x 9"):
+        exports.write_morphometry(tmp_path / "t.csv", pictures, cells, ["one"])
+    assert not (tmp_path / "t.csv").exists()
+
+
 @pytest.mark.parametrize("pixel_size", [0, -1, float("nan"), float("inf")])
 def test_a_pixel_has_a_size(tmp_path, pixel_size):
     with pytest.raises(SettingsError, match="pixel_size"):
@@ -700,6 +708,7 @@ def test_images_of_a_release_of_samples_and_of_one_file(tmp_path):
         assert [p.size for p in pictures] == [(e["height"], e["width"]) for e in index]
     samples = exports.list_pictures(made.train_dir)
     assert [p.image_id for p in samples] == [1, 2, 3]
+    assert exports.list_pictures(made.train_dir, sample_ids=[samples[2].name]) == samples[2:]
     assert {p.file_name for p in samples} == {f"{p.name}/image.tif" for p in samples}
     [alone] = exports.list_pictures(samples[0].path)
     assert (alone.image_id, alone.size) == (1, samples[0].size)
@@ -719,7 +728,7 @@ def test_the_command_line_takes_in_and_gives_out(tmp_path):
     train, names = tmp_path / "out" / "train", ("--class-names", "spindle,round")
 
     truth = run("export", train, tmp_path / "truth.json", "--to", "coco", *names)
-    assert "2 of 2 cells in 1 images" in truth.output
+    assert "2 of 2 cells in 1 images, 0 of them without any" in truth.output
     records = records_of((1, 0.9, mask_of((2, 1, 6, 4))), (2, 0.3, mask_of((0, 0, 1, 1))))
     write_records(tmp_path / "r.json", records)
     about = ("--images", train, *names)

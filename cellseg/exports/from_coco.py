@@ -57,7 +57,7 @@ def locate_images(coco: CocoFile, images_dir: Path) -> list[Path]:
     """Return where the images of a COCO file lie, in its order.
 
     Raises:
-        DataError: if a name leads out of the folder, is used twice, or is not there.
+        DataError: if a file is not in the folder or below it, or belongs to two images.
     """
     paths: dict[Path, CocoImage] = {}
     missing = []

@@ -11,7 +11,7 @@ import numpy as np
 from skimage.measure import regionprops
 
 from cellseg.data.reading import read_image
-from cellseg.errors import SettingsError
+from cellseg.errors import DataError, SettingsError
 from cellseg.exports.masks import box_masks
 from cellseg.exports.pictures import Cell, Picture
 from cellseg.files import open_atomically
@@ -58,7 +58,7 @@ def write_morphometry(
 
     Raises:
         SettingsError: if the pixel size is no number > 0.
-        DataError: if an image cannot be read.
+        DataError: if an image cannot be read, or is not of its picture's size.
     """
     if pixel_size is not None and not (math.isfinite(pixel_size) and pixel_size > 0):
         raise SettingsError(f"pixel_size is {pixel_size}; it is a pixel's side in micrometres, > 0")
@@ -67,14 +67,26 @@ def write_morphometry(
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         for picture, found in zip(pictures, cells, strict=True):
-            image = read_image(picture.path, swapped=picture.swapped) if found else None
-            rows = measure_cells(image, found, pixel_size=pixel_size)
+            if not found:
+                continue
+            rows = measure_cells(_read(picture), found, pixel_size=pixel_size)
             for number, (cell, row) in enumerate(zip(found, rows, strict=True), start=1):
                 label = cell["category_id"]
                 about = {"image_id": picture.image_id, "image": picture.name, "cell": number}
                 about |= {"class_id": label, "class": class_names[label - 1]}
                 shown = {name: f"{value:.6g}" for name, value in row.items()}
                 table.writerow({**about, "score": cell.get("score", ""), **shown})
+
+
+def _read(picture: Picture) -> np.ndarray:
+    """Return the pixels of a picture, uint8 [H, W, 3], RGB."""
+    image = read_image(picture.path, swapped=picture.swapped)
+    if image.shape[:2] != picture.size:
+        raise DataError(
+            f"{picture.path} has {image.shape[0]} x {image.shape[1]} pixels, its cells were found "
+            f"in {picture.size[0]} x {picture.size[1]} (height x width); give the same images"
+        )
+    return image
 
 
 def measure_cells(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cellseg.coco import rle_area
@@ -11,6 +11,7 @@ from cellseg.data.decoding import read_size
 from cellseg.data.reading import CLASS_NAMES
 from cellseg.data.release import INDEX_NAME, TEST_NAME, find_release, read_test_index
 from cellseg.errors import DataError
+from cellseg.exports.storing import sample_names
 from cellseg.inference.merging import group_by_image
 
 Cell = dict[str, Any]
@@ -38,7 +39,12 @@ class Picture:
     swapped: bool = False
 
 
-def list_pictures(images: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> list[Picture]:
+def list_pictures(
+    images: str | Path,
+    class_names: Sequence[str] = CLASS_NAMES,
+    *,
+    sample_ids: Sequence[str] | None = None,
+) -> list[Picture]:
     """Return the images that records belong to.
 
     Args:
@@ -46,9 +52,11 @@ def list_pictures(images: str | Path, class_names: Sequence[str] = CLASS_NAMES) 
             of samples: these, by their place among the folders, as `CellDataset` numbers them; or
             one image file, whose image_id is 1.
         class_names: names of the classes of the samples.
+        sample_ids: only these of the samples; None for all.
 
     Raises:
         DataError: if it is none of these, or an image is missing.
+        SettingsError: if a sample_id is unknown.
     """
     images = Path(images)
     if images.is_file():
@@ -56,7 +64,7 @@ def list_pictures(images: str | Path, class_names: Sequence[str] = CLASS_NAMES) 
     for root in (images, images.parent) if images.name == TEST_NAME else (images,):
         if (root / INDEX_NAME).is_file():
             return _test_pictures(root, class_names)
-    return pictures_of_samples(CellDataset(images, class_names=class_names))
+    return pictures_of_samples(CellDataset(images, class_names=class_names, sample_ids=sample_ids))
 
 
 def pictures_of_samples(dataset: CellDataset) -> list[Picture]:
@@ -79,16 +87,18 @@ def _test_pictures(root: Path, class_names: Sequence[str]) -> list[Picture]:
         raise DataError(f"{root} has no test images; extract the whole archive")
     samples = CellDataset(release.train_dir, class_names=release.class_names or class_names)
     swapped = samples.channel_order == "swapped"
+    index = read_test_index(release.index_path)
+    names = sample_names([PurePosixPath(entry.file_name) for entry in index])
     return [
         Picture(
             entry.image_id,
-            Path(entry.file_name).stem,
+            name,
             release.test_dir / entry.file_name,
             entry.file_name,
             (entry.height, entry.width),
             swapped,
         )
-        for entry in read_test_index(release.index_path)
+        for entry, name in zip(index, names, strict=True)
     ]
 
 
