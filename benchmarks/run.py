@@ -38,7 +38,7 @@ STEPS: dict[str, Callable[..., list[Section]]] = {
     function.__name__: function for function in (training_step, prediction_step, growth, end_to_end)
 }
 FOLDER = Path(__file__).resolve().parent
-PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "faster-coco-eval")
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools")
 HEADER = (
     "row", "reference", "ours", "ratio", "floor", "reference MB", "ours MB", "equal", "reached",
     "measured",

@@ -35,7 +35,6 @@ LIBRARIES = (
     Library("typst", "typst"),
     Library("jupyter", "nbclient", essential=False),
     Library("gdown", "gdown", essential=False),
-    Library("faster-coco-eval", "faster_coco_eval", essential=False),
 )
 _NO_INFO = "its loadRes fails on a truth of other tools without `info`"
 NOTES = {  # faults of versions that do no harm here; the text says whom they may harm
