@@ -356,7 +356,7 @@ def test_compliance_says_what_the_settings_hold():
     assert compliance(SETTINGS) == (
         "44.0 M trainable parameters, fewer than 200 M; weights: torchvision "
         "ResNet50_Weights.IMAGENET1K_V2 (https://x/y.pth): all tensors kept; "
-        "trained on 209 images (hw3-data-release), other data: none recorded"
+        "data: 209 images (hw3-data-release), none other recorded"
     )
     exactly = compliance(SETTINGS | {"trainable_parameters": 200_000_000})
     assert exactly.startswith("200.0 M trainable parameters, not fewer than 200 M")
@@ -365,7 +365,7 @@ def test_compliance_says_what_the_settings_hold():
 @pytest.mark.parametrize("settings", [None, {}, {"trainable_parameters": "many", "data": 3}])
 def test_compliance_invents_nothing(settings):
     assert compliance(settings) == (
-        "trainable parameters: unknown; weights: unknown; training data: unknown"
+        "trainable parameters: unknown; weights: unknown; data: unknown"
     )
 
 
@@ -418,17 +418,14 @@ def crowded_records(images):
     ]
 
 
-def test_the_cost_grows_with_the_records(tmp_path):
-    times = []
-    for images in (25, 100):  # 6,250 and 25,000 records
-        path = write_zip(tmp_path / "test-results.zip", crowded_records(images))
-        start = time.process_time()
-        checked = check_submission(path)
-        times.append(time.process_time() - start)
-        # Twelve pixels wide and d apart: IoU (12 - d) / (12 + d), over 0.5 for d of 1, 2 and 3.
-        pairs = 25 * images * (9 + 8 + 7)
-        assert checked.ready and f"{pairs:,} pairs" in result_of(checked, "overlaps").detail
-    assert times[1] < 5
+def test_many_crowded_records_are_checked_in_seconds(tmp_path):
+    path = write_zip(tmp_path / "test-results.zip", crowded_records(100))  # 25,000
+    start = time.process_time()
+    checked = check_submission(path)
+    assert time.process_time() - start < 5  # 0.8 measured, and 2.8 for 100,000
+    # Twelve pixels wide and d apart: IoU (12 - d) / (12 + d), over 0.5 for d of 1, 2 and 3.
+    pairs = 25 * 100 * (9 + 8 + 7)
+    assert checked.ready and f"{pairs:,} pairs" in result_of(checked, "overlaps").detail
 
 
 def test_the_score_of_a_zip_is_that_of_its_records(tmp_path):

@@ -73,9 +73,9 @@ def _weights(settings: Settings) -> str:
 
 
 def _data(settings: Settings) -> str:
-    """Return what the run was trained on."""
+    """Return what the run was trained and validated on."""
     data = settings.get("data")
     if not isinstance(data, dict) or not data.get("source"):
-        return "training data: unknown"
+        return "data: unknown"
     images = data.get("images", "an unknown number of")
-    return f"trained on {images} images ({data['source']}), other data: none recorded"
+    return f"data: {images} images ({data['source']}), none other recorded"
