@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), dest="names")
     parser.add_argument("--minutes", type=float, default=10.0, help="of each training")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--weights", help="a file of ImageNet weights; default: torchvision's")
+    parser.add_argument("--weights", default="DEFAULT", help="a file of ImageNet weights, or none")
     parser.add_argument("--keep", type=Path, default=KEEP, help="folder of sets, runs and table")
     parser.add_argument("--pictures", type=Path, help="only draw, and write PNGs here")
     options = parser.parse_args(arguments)
@@ -238,9 +238,12 @@ def run(options: argparse.Namespace) -> None:
             write_picture(name, options.keep / name, options.pictures / f"{name}.png")
         return
     torch.set_num_threads(options.threads)
-    budget = {"time_budget": options.minutes * 60, "validate_every": NEVER}
-    weights = {} if options.weights is None else {"weights": options.weights}
-    recipe = presets.override(presets.preset("laptop"), budget | weights)
+    given = {
+        "time_budget": options.minutes * 60,
+        "validate_every": NEVER,
+        "weights": None if options.weights == "none" else options.weights,
+    }
+    recipe = presets.override(presets.preset("laptop"), given)
     results_path = options.keep / "results.json"
     results = read_json(results_path) if results_path.is_file() else {}
     for name in options.names:
