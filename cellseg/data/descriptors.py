@@ -171,11 +171,13 @@ def pixel_digest(pixels: np.ndarray) -> str:
 
 
 def _changes(line: np.ndarray) -> np.ndarray:
-    """Return the signs of the change along a line of density [3, n], as int8 [n - 2, 3].
+    """Return the signs of the change along a line of density [3, n], as int8 [n - 3, 3].
 
     Of the mean of the channels, of red against blue and of green against the mean: channels as
-    they are go up and down together, so that three of them would say little more than one.
+    they are go up and down together, so that three of them would say little more than one. Two
+    pixels are compared with the two before them.
     """
     mean = line.mean(axis=0)
     opposed = np.stack([mean, line[0] - line[2], line[1] - mean])
-    return np.sign(opposed[:, 2:] - opposed[:, :-2]).astype(np.int8).T
+    pairs = opposed[:, 1:] + opposed[:, :-1]
+    return np.sign(pairs[:, 2:] - pairs[:, :-2]).astype(np.int8).T
