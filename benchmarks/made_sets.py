@@ -162,13 +162,13 @@ def examine_set(name: str, folder: Path, recipe: dict[str, Any]) -> dict[str, An
     """Train a recipe on a set at each of the `FACTORS`; return the scale and the AP50 of each."""
     train, held = open_set(name, folder)
     scale = presets.settle_sizes(recipe, train)["image_scale"]
-    ap50 = {}
+    looks, ap50 = presets.sort_settings(recipe)["predict"], {}
     for factor in FACTORS:
         settled = presets.settle_sizes(recipe | {"image_scale": scale * factor}, train)
         run_folder = folder / f"{factor:g}"
         train_once(settled, train, run_folder)
         model = load_model(run_folder / "run" / "last.pt")
-        records = predict_images(model, SampleImages(held))
+        records = predict_images(model, SampleImages(held), **looks)
         ap50[f"{factor:g}"] = score_records(dataset_truth(held), records).ap50
     return {"image_scale": scale, "channel_order": train.channel_order, "ap50": ap50}
 
