@@ -56,6 +56,7 @@ def whole(dataset, tmp_path_factory):
     return folder, list(train(dataset, folder))
 
 
+@pytest.mark.slow
 def test_each_fold_is_a_run_and_all_follow_the_folds(whole):
     folder, epochs = whole
     content = read_folds(folder)
@@ -73,6 +74,7 @@ def test_each_fold_is_a_run_and_all_follow_the_folds(whole):
     load_model(folder / "all" / "best.pt")
 
 
+@pytest.mark.slow
 def test_every_image_is_held_out_once_with_its_group(whole):
     folder, _ = whole
     content = read_folds(folder)
@@ -87,6 +89,7 @@ def test_every_image_is_held_out_once_with_its_group(whole):
         assert not set(settings["train_ids"]) & set(fold["val_ids"])
 
 
+@pytest.mark.slow
 def test_records_carry_the_ids_of_the_whole_data_set(whole):
     folder, _ = whole
     number = dict(zip("abcd", (1, 2, 3, 4), strict=True))
@@ -100,6 +103,7 @@ def test_records_carry_the_ids_of_the_whole_data_set(whole):
     assert 0 <= read_folds(folder)["oof"]["ap50"] <= 1
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_done_again(dataset, whole):
     folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("fold*/*.pt")}
