@@ -36,7 +36,12 @@ def losses_of(model, image, target, seed=0):
         return model([image], [target])
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+LARGE = ("get_model_convnext_small", "get_model_convnext_base")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=[pytest.mark.slow] if k in LARGE else []) for k in BUILDERS]
+)
 def test_every_builder_has_small_anchors_on_fine_levels(name):
     model = BUILDERS[name](5, weights=None)
     squares = [cells[1] for cells in model.rpn.anchor_generator.cell_anchors]
