@@ -48,12 +48,74 @@ class Matches:
     ignored: np.ndarray
 
 
-def match_records(truth: dict, records: Sequence[Record]) -> Matches:
-    """Match records with the cells of their image and class.
+@dataclass(frozen=True)
+class Candidates:
+    """N records and the cells that each may find, whatever their scores are.
 
-    At each IoU the records in the order of their rank take the free cell with the highest mask
-    IoU, if that reaches the threshold; of equal cells the last one. A record without a cell is
-    ignored if it lies in an annotation marked `iscrowd` by as much of its own area.
+    Attributes:
+        category_ids, truths: as in `Matches`.
+        image_id, image, label: int64 [N], the record's image, its row in `truths`, and the
+            position of its class in `category_ids`.
+        record, cell, iou: [P], the pairs of one image and class with IoU >= 0.5.
+        cells: number of cells.
+        crowd_share: float64 [N], the largest share of the record's area in a crowd of its class.
+    """
+
+    category_ids: np.ndarray
+    truths: np.ndarray
+    image_id: np.ndarray
+    image: np.ndarray
+    label: np.ndarray
+    record: np.ndarray
+    cell: np.ndarray
+    iou: np.ndarray
+    cells: int
+    crowd_share: np.ndarray
+
+    def match(self, chosen: np.ndarray, scores: np.ndarray) -> Matches:
+        """Match some of the records with the cells of their image and class.
+
+        At each IoU the records in the order of their rank take the free cell with the highest
+        mask IoU, if that reaches the threshold; of equal cells the last one. A record without a
+        cell is ignored if it lies in an annotation marked `iscrowd` by as much of its own area.
+
+        Args:
+            chosen: int64 [D], the records that take part.
+            scores: float64 [D], theirs; of equal ones the first counts as better.
+        """
+        ranked = chosen[np.lexsort((self.image_id[chosen], -scores, self.label[chosen]))]
+        place = np.full(len(self.image), -1)
+        place[ranked] = np.arange(len(ranked))
+        record = place[self.record]
+        used = record >= 0
+        shape = (len(ranked), self.cells)
+        found = _assign(record[used], self.cell[used], self.iou[used], shape)
+        limits = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
+        image, label = self.image[ranked], self.label[ranked]
+        return Matches(
+            category_ids=self.category_ids,
+            truths=self.truths,
+            image=image,
+            starts=np.searchsorted(label, np.arange(len(self.category_ids) + 1)),
+            rank=_places(label * len(self.truths) + image),
+            found=found,
+            ignored=~found & (self.crowd_share[ranked] >= limits),
+        )
+
+
+def match_records(truth: dict, records: Sequence[Record]) -> Matches:
+    """Match records with the cells of their image and class; see `Candidates.match`.
+
+    Args:
+        truth: COCO dict as `truth_from_targets` makes it.
+        records: result records that belong to the truth's images and classes.
+    """
+    scores = np.array([record["score"] for record in records], dtype=float)
+    return find_candidates(truth, records).match(np.arange(len(records)), scores)
+
+
+def find_candidates(truth: dict, records: Sequence[Record]) -> Candidates:
+    """Measure the overlap of records with cells, once for any choice and scores of them.
 
     Args:
         truth: COCO dict as `truth_from_targets` makes it.
@@ -61,25 +123,25 @@ def match_records(truth: dict, records: Sequence[Record]) -> Matches:
     """
     row_of = {image["id"]: row for row, image in enumerate(truth["images"])}
     category_ids = np.array(sorted(category["id"] for category in truth["categories"]), dtype=int)
-    ranked = _ranked(records)
-    image = np.array([row_of[record["image_id"]] for record in ranked], dtype=np.int64)
-    label = _labels(ranked, category_ids)
+    image_id = np.array([record["image_id"] for record in records], dtype=np.int64)
+    image = np.array([row_of[record["image_id"]] for record in records], dtype=np.int64)
     cells = [entry for entry in truth["annotations"] if not entry.get("iscrowd")]
     crowds = [entry for entry in truth["annotations"] if entry.get("iscrowd")]
     cell_image = np.array([row_of[cell["image_id"]] for cell in cells], dtype=np.int64)
     truths = np.zeros((len(row_of), len(category_ids)), dtype=np.int64)
     np.add.at(truths, (cell_image, _labels(cells, category_ids)), 1)
-    record, cell, iou = _pairs(ranked, image, cells, cell_image)
-    found = _assign(record, cell, iou, (len(ranked), len(cells)))
-    limits = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
-    return Matches(
+    record, cell, iou = _pairs(records, image, cells, cell_image)
+    return Candidates(
         category_ids=category_ids,
         truths=truths,
+        image_id=image_id,
         image=image,
-        starts=np.searchsorted(label, np.arange(len(category_ids) + 1)),
-        rank=_places(label * len(row_of) + image),
-        found=found,
-        ignored=~found & (_crowd_shares(ranked, crowds) >= limits),
+        label=_labels(records, category_ids),
+        record=record,
+        cell=cell,
+        iou=iou,
+        cells=len(cells),
+        crowd_share=_crowd_shares(records, crowds),
     )
 
 
@@ -129,11 +191,6 @@ def _mean_precision(
     return float(best_from[np.searchsorted(true / truths, RECALLS)].mean())
 
 
-def _ranked(records: Sequence[Record]) -> list[Record]:
-    """Return the records by class, each best first, ties by image, then as given."""
-    return sorted(records, key=lambda r: (r["category_id"], -r["score"], r["image_id"]))
-
-
 def _labels(entries: Sequence[dict], category_ids: np.ndarray) -> np.ndarray:
     """Return the position of each entry's class among the classes, int64 [N]."""
     ids = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
@@ -149,7 +206,7 @@ def _places(groups: np.ndarray) -> np.ndarray:
 
 
 def _pairs(
-    records: list[Record], image: np.ndarray, cells: list[dict], cell_image: np.ndarray
+    records: Sequence[Record], image: np.ndarray, cells: list[dict], cell_image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (record, cell, IoU) of the pairs of one image and class with IoU >= 0.5."""
     parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
@@ -219,7 +276,7 @@ def _assign(
     return found.reshape(len(IOU_THRESHOLDS), shape[0])
 
 
-def _crowd_shares(records: list[Record], crowds: list[dict]) -> np.ndarray:
+def _crowd_shares(records: Sequence[Record], crowds: list[dict]) -> np.ndarray:
     """Return the largest share of each record's area in a crowd of its class, float64 [D]."""
     shares = np.zeros(len(records))
     for crowd in crowds:
