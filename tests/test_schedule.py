@@ -107,7 +107,6 @@ def test_frozen_stages_have_no_part_in_the_optimiser():
 @pytest.mark.parametrize(
     ("device", "precision", "expected"),
     [
-        (CPU, "auto", torch.float32),
         (CPU, "float32", torch.float32),
         (CPU, "bfloat16", torch.bfloat16),
         (CUDA, "float16", torch.float16),
@@ -116,6 +115,20 @@ def test_frozen_stages_have_no_part_in_the_optimiser():
 )
 def test_precision(device, precision, expected):
     assert pick_precision(device, precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_precision_of_a_cpu_is_what_it_has_instructions_for(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert pick_precision(CPU) == expected
 
 
 @pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bfloat16"), (False, "float16")])

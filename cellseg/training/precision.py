@@ -32,7 +32,8 @@ def pick_device(device: str = "auto") -> torch.device:
 def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
     """Return the type that convolutions and linear layers compute in.
 
-    "auto" takes bfloat16 on CUDA from Ampere on, float16 on older CUDA, else float32.
+    "auto" takes bfloat16 on CUDA from Ampere on and on CPUs that multiply it, float16 on older
+    CUDA, else float32.
 
     Raises:
         SettingsError: if the precision is unknown, or float16 is asked for off CUDA, where
@@ -46,7 +47,15 @@ def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if device.type == "cpu" and _multiplies_bfloat16():
+        return torch.bfloat16
     return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for it; without them it is slower than float32."""
+    can_do = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+    return bool(can_do.get("avx512_bf16") or can_do.get("amx_bf16"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
