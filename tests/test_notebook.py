@@ -117,7 +117,14 @@ def test_with_a_release_it_is_the_users_own_run(tmp_path):
         "predictions_dir": str(tmp_path / "predictions"),
         "output_dir": str(tmp_path / "out"),
         "workers": 0,
-        "overrides": {"epochs": 1, "crop_size": 64, "batch_size": 2, "draws_per_image": 1},
+        "preset": "gpu",
+        "overrides": {
+            "epochs": 1,
+            "crop_size": 64,
+            "batch_size": 2,
+            "sampler": "shuffle",
+            "views": "plain",
+        },
     }
     executed = execute_notebook(NOTEBOOK, parameters=parameters)
     assert executed.parent.name.startswith("resnet50v2-")

@@ -1,5 +1,8 @@
 """Presets: one table, overrides that win, sizes settled from the data, settings sorted."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from data_files import plain_image, write_sample
@@ -8,6 +11,8 @@ from cellseg import presets
 from cellseg.data import CellDataset, TrainTransform
 from cellseg.errors import SettingsError
 from cellseg.models import BUILDERS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", presets.NAMES)
@@ -25,6 +30,14 @@ def test_table_shows_each_setting_with_a_reason():
     assert len(lines) == 2 + len(presets.TABLE)
     assert all(line.count(" | ") == 4 and not line.endswith("|  |") for line in lines[2:])
     assert any(line.startswith("| `epochs` | 24 | - | 60 | ") for line in lines)
+
+
+@pytest.mark.parametrize("place", ["README.md", "Training.ipynb"])
+def test_table_stands_where_users_read_it(place):
+    text = (ROOT / place).read_text(encoding="utf-8")
+    if place.endswith(".ipynb"):
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    assert presets.presets_table().strip() in text
 
 
 def test_preset_goes_by_the_device():
