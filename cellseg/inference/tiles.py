@@ -24,8 +24,9 @@ from cellseg.inference.merging import find_owners, fuse
 from cellseg.inference.views import predict_views
 from cellseg.models.transform import SIZE_DIVISIBLE
 
-TILE_SIZE = 2048  # network pixels a side; images of no more than its square are looked at whole
-OVERLAP = 256  # network pixels
+WHOLE_PIXELS = 2048 * 2048  # network pixels up to which an image is looked at whole by default
+TILE_SIZE = 1536  # network pixels a side, unless given: < 2 GB above the model (EXPERIMENTS.md)
+OVERLAP = 256  # network pixels, unless given
 MAX_MULTIPLE = 256  # image pixels; where whole strides need more, tiles begin near them
 TOUCHING = 2  # pixels: what ends so near a tile's border may have been cut by it
 SEAM = 1 / 4  # of the overlap: so far beyond its share a tile's whole cells count
@@ -193,7 +194,8 @@ def predict_tiles(
 ) -> list[Record]:
     """Return the COCO result records of one image, looked at tile by tile, best score first.
 
-    An image that fits into one tile is predicted as a whole.
+    An image that fits into one tile, or without a `tile_size` one of no more than `WHOLE_PIXELS`
+    network pixels, is looked at as a whole.
 
     Args:
         model: Mask R-CNN of this package, in eval mode, on any device.
@@ -245,7 +247,7 @@ def plan_for_model(
     """
     scale = image_scale_of(model)
     network_pixels = size[0] * size[1] * scale**2
-    if network_pixels <= TILE_SIZE**2 if tile_size is None else max(size) <= tile_size:
+    if network_pixels <= WHOLE_PIXELS if tile_size is None else max(size) <= tile_size:
         return plan_tiles(size, tile_size=max(size), overlap=0)
     # The least number of image pixels that make whole strides.
     exact = Fraction(SIZE_DIVISIBLE) / Fraction(scale).limit_denominator(SIZE_DIVISIBLE)

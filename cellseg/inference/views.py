@@ -21,10 +21,11 @@ from cellseg.inference.prediction import as_tensor, detect, detections_to_record
 
 Detection = dict[str, Tensor]
 
-# (mirrored, quarter turns): the four sides that keep height and width apart, and all eight.
+# (mirrored, quarter turns). Of four sides turns gain more than flips: they exchange x and y.
 SIDES = {
     "plain": ((False, 0),),
     "flips": ((False, 0), (True, 0), (True, 2), (False, 2)),
+    "turns": tuple((False, turns) for turns in range(4)),
     "d4": tuple((mirrored, turns) for mirrored in (False, True) for turns in range(4)),
 }
 
@@ -93,8 +94,8 @@ def make_views(views: str, scales: Sequence[float] = (1.0,)) -> list[View]:
     """Return the views that a name and scales stand for, every side at every scale.
 
     Args:
-        views: "plain" (the image as it is), "flips" (mirrored both ways: 4) or "d4" (turned, too:
-            8).
+        views: "plain" (the image as it is), "flips" (mirrored both ways: 4), "turns" (by quarters:
+            4) or "d4" (all 8).
         scales: pixels of the view per pixel of the image, each > 0.
 
     Raises:
@@ -124,7 +125,7 @@ def predict_views(
         model: Mask R-CNN of this package, in eval mode, on any device.
         image: uint8 [3, H, W], RGB (float in 0-1 is accepted), or an array [H, W, 3].
         image_id: number written into each record.
-        views: "plain", "flips" or "d4"; see `make_views`.
+        views: "plain", "flips", "turns" or "d4"; see `make_views`.
         scales: pixels of the view per pixel of the image.
         score_threshold: views keep detections with score >= this, in 0-1.
         mask_threshold: a pixel belongs to the cell if its probability is greater.
