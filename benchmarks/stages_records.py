@@ -6,8 +6,11 @@ class; ours looks at neighbours only.
 
 import contextlib
 import io
+import json
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -16,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks.stage import Stage, median_seconds
 from cellseg.coco import Record, make_records, rle_to_xywh, runs_to_rles, sort_records
+from cellseg.ensemble import ensemble_files
 from cellseg.evaluation.scores import score_records
 from cellseg.inference.merging import group_by_image, suppress
 
@@ -23,6 +27,9 @@ CLASS_SHARES = (0.4, 0.4, 0.1, 0.1)
 IOU_THRESHOLD = 0.5
 MERGED_FILES, MERGED_IMAGES, RECORDS_PER_IMAGE = 17, 101, 300
 MEDIAN_TEST_SIZE = (374, 464)
+CROWDED_IMAGE = 500  # records of an image in one file of a large ensemble
+
+Folder = tempfile.TemporaryDirectory
 
 
 def ellipses(centres: np.ndarray, radii: np.ndarray, size: tuple[int, int]) -> list[dict]:
@@ -174,6 +181,61 @@ def _suppress(records: Sequence[Record]) -> list[Record]:
     return suppress(records, iou_threshold=IOU_THRESHOLD)
 
 
+def make_ensemble(
+    files: int = MERGED_FILES, images: int = MERGED_IMAGES, cells: int = CROWDED_IMAGE
+) -> Folder:
+    """Return a folder, gone when it is dropped, of files that found the same cells."""
+    folder = tempfile.TemporaryDirectory()
+    generator = np.random.default_rng(0)
+    found = [scatter_cells(generator, cells, MEDIAN_TEST_SIZE) for _ in range(images)]
+    for number in range(files):
+        records: list[Record] = []
+        for image_id, of_image in enumerate(found, start=1):
+            records += jittered_records(generator, image_id, of_image, MEDIAN_TEST_SIZE, shift=1.0)
+        Path(folder.name, f"{number:02}.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def fuse_by_all_pairs(folder: Folder) -> dict[tuple[int, int, str], float]:
+    """Read all files whole; score greedy clusters by the mean of the files' best scores."""
+    paths = sorted(Path(folder.name).glob("*.json"))
+    groups: dict[tuple[int, int], list[tuple[Record, int]]] = {}
+    for member, records in enumerate([json.loads(path.read_text("utf-8")) for path in paths]):
+        for record in records:
+            key = (record["image_id"], record["category_id"])
+            groups.setdefault(key, []).append((record, member))
+    fused = {}
+    for key, entries in groups.items():
+        entries.sort(key=lambda entry: (-entry[0]["score"], entry[0]["segmentation"]["counts"]))
+        rles = [record["segmentation"] for record, _ in entries]
+        scores = np.array([record["score"] for record, _ in entries])
+        members = np.array([member for _, member in entries])
+        covers = mask_utils.iou(rles, rles, [0] * len(rles)) > IOU_THRESHOLD
+        free = np.ones(len(entries), dtype=bool)
+        for index, rle in enumerate(rles):
+            if free[index]:
+                cluster = np.flatnonzero(covers[index] & free)
+                best = np.zeros(len(paths))
+                np.maximum.at(best, members[cluster], scores[cluster])
+                fused[(*key, rle["counts"])] = float(best.mean())
+                free[cluster] = False
+    return fused
+
+
+def _ensemble(folder: Folder) -> list[Record]:
+    return ensemble_files(folder.name, iou_threshold=IOU_THRESHOLD).records
+
+
+def _same_cells(fused: dict[tuple[int, int, str], float], records: Sequence[Record]) -> bool:
+    """Tell whether both found the same cells with the same scores, to 1e-12."""
+    ours = {
+        (r["image_id"], r["category_id"], r["segmentation"]["counts"]): r["score"] for r in records
+    }
+    return fused.keys() == ours.keys() and all(
+        abs(ours[key] - score) <= 1e-12 for key, score in fused.items()
+    )
+
+
 STAGES = (
     _scores_stage("100", 100, floor=15),
     _scores_stage("uncapped", 10_000, floor=30),
@@ -185,5 +247,17 @@ STAGES = (
         ours=_suppress,
         equal=lambda reference, ours: sort_records(reference) == ours,
         runs=1,
+    ),
+    Stage(
+        name="ensemble",
+        floor=1.2,
+        make=make_ensemble,
+        reference=fuse_by_all_pairs,
+        ours=_ensemble,
+        equal=_same_cells,
+        runs=1,
+        memory_floor=3,
+        note="17 files x 101 images x 500 records, from files to merged records; reading the JSON "
+        "is part of both sides, checking it of ours alone",
     ),
 )

@@ -328,22 +328,37 @@ def ensemble(
         "predictions"
     ),
     output_dir: Annotated[Path, typer.Option(help="Where the result and its zip go.")] = Path("."),
-    iou_threshold: Annotated[float, typer.Option(help="Mask IoU of one and the same cell.")] = 0.5,
-    agreement: Annotated[bool, typer.Option(help="Reward cells that members agree on.")] = True,
+    truth: Annotated[
+        Path | None, _help("Samples that the members' runs were trained on by folds, to tune.")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Folder of all runs, for tuning.")] = Path("runs"),
+    iou_threshold: Annotated[float | None, _help("Mask IoU of one cell; else tuned, or 0.5.")] = (
+        None
+    ),
+    agreement: Annotated[str | None, _help("mean, root or best; else tuned, or mean.")] = None,
     num_classes: Annotated[int, typer.Option(help="Classes 1..N that may occur.")] = 4,
 ) -> None:
-    """Merge every result file of a folder into test-results.json and its zip."""
-    from cellseg.ensemble import ensemble_files
+    """Merge every result file of a folder into test-results.json, its zip and its manifest.
+
+    With --truth, weights, threshold, rule and the choice of members are fitted on the records out
+    of fold (oof.json of train --folds) of the runs that the files are named after.
+    """
+    from cellseg.data import CellDataset
+    from cellseg.ensemble import ensemble_files, tune_files, write_manifest
     from cellseg.submission import write_submission
 
+    names = [f"class{number}" for number in range(1, num_classes + 1)]
+    dataset = None if truth is None else CellDataset(truth, class_names=names)
     result = ensemble_files(
         predictions,
+        tuning=tune_files(predictions, dataset, runs_dir=runs_dir),
         iou_threshold=iou_threshold,
         agreement=agreement,
         category_ids=range(1, num_classes + 1),
     )
     typer.echo(result.summary())
-    for path in write_submission(result.records, output_dir):
+    paths = write_submission(result.records, output_dir)
+    for path in (*paths, write_manifest(result, paths[0])):
         typer.echo(str(path))
 
 

@@ -8,7 +8,7 @@ a constant density of cells it grows with the number of records.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,6 +20,7 @@ from cellseg.rle import decode_counts
 
 CELL_SIDES = 1.5  # side of a grid cell in median box sides: fewest pairs to look at (measured)
 MAX_CELLS = 8  # grid cells that a box may cover in the mean
+Combine = Callable[[np.ndarray, np.ndarray], list[float]]  # scores [cells, M], weights [M]
 
 
 def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
@@ -77,11 +78,25 @@ def suppress(records: Iterable[Record], *, iou_threshold: float) -> list[Record]
     return kept
 
 
+def agreement(scores: np.ndarray, weight: np.ndarray) -> list[float]:
+    """Return the weighted means of scores [cells, M], the same bits in any order of members.
+
+    Args:
+        scores: of each cell each member's best, in 0-1; 0 where it saw nothing.
+        weight: float64 [M], > 0.
+    """
+    best = scores.max(axis=1, initial=0)
+    # As a loss against the best score, equal scores give exactly that score back.
+    losses = np.sort(np.ascontiguousarray((best[:, None] - scores) * weight), axis=1)
+    return np.maximum(best - losses.sum(axis=1) / math.fsum(weight), 0).tolist()
+
+
 def fuse(
     members: Sequence[Sequence[Record]],
     *,
     iou_threshold: float,
     weights: Sequence[float] | None = None,
+    combine: Combine = agreement,
 ) -> list[Record]:
     """Return one record per cell, its score rewarded by the members that agree on it.
 
@@ -95,6 +110,7 @@ def fuse(
         members: the record lists of M models; not changed.
         iou_threshold: records of one class with mask IoU > this show the same cell, in 0-1.
         weights: M weights > 0; all 1 if None.
+        combine: takes the members' scores and weights as `agreement` does, for another rule.
 
     Returns:
         list of new records, in `sort_records` order; it does not depend on the order of members
@@ -110,12 +126,17 @@ def fuse(
     for member, records in enumerate(members):
         for record in records:
             members_of.setdefault(record["image_id"], []).append((record, member))
-    fused = (_fuse_image(entries, weight, iou_threshold) for entries in members_of.values())
+    fused = (
+        _fuse_image(entries, weight, iou_threshold, combine) for entries in members_of.values()
+    )
     return sort_records(chain.from_iterable(fused))
 
 
 def _fuse_image(
-    entries: list[tuple[Record, int]], weight: np.ndarray, iou_threshold: float
+    entries: list[tuple[Record, int]],
+    weight: np.ndarray,
+    iou_threshold: float,
+    combine: Combine,
 ) -> list[Record]:
     """Return `fuse` for the (record, member) entries of one image."""
     entries.sort(key=lambda entry: record_order(entry[0]))
@@ -125,21 +146,8 @@ def _fuse_image(
     scores = np.zeros((len(kept), len(weight)))
     member = [member for _, member in entries]
     np.maximum.at(scores, (cluster, member), [record["score"] for record in records])
-    fused = agreement(scores, weight)
+    fused = combine(scores, weight)
     return [{**records[index], "score": score} for index, score in zip(kept, fused, strict=True)]
-
-
-def agreement(scores: np.ndarray, weight: np.ndarray) -> list[float]:
-    """Return the weighted means of scores [cells, M], the same bits in any order of members.
-
-    Args:
-        scores: of each cell each member's best, in 0-1; 0 where it saw nothing.
-        weight: float64 [M], > 0.
-    """
-    best = scores.max(axis=1, initial=0)
-    # As a loss against the best score, equal scores give exactly that score back.
-    losses = np.sort((best[:, None] - scores) * weight, axis=1)
-    return np.maximum(best - losses.sum(axis=1) / math.fsum(weight), 0).tolist()
 
 
 def find_owners(

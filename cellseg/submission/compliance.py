@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cellseg.ensemble import merged_names
 from cellseg.errors import CellsegError
 from cellseg.files import read_json
 from cellseg.models.builders import MAX_TRAINABLE_PARAMETERS
+from cellseg.submission.files import RESULTS_NAME
 
 Settings = Mapping[str, Any]
 
@@ -30,24 +32,30 @@ def breaks_limit(run_settings: Settings | None) -> bool:
 
 
 def member_settings(project_dir: Path) -> dict[str, Settings | None]:
-    """Return the settings of the runs that the files in `predictions/` are named after.
+    """Return the settings of the runs that the members of an ensemble are named after.
+
+    The members are those in the manifest beside the result, else the files in `predictions/`.
 
     Args:
-        project_dir: holds `predictions/` and, under `runs/` or beside it, the runs' folders.
+        project_dir: holds the result, `predictions/` and, under `runs/` or beside it, the runs'
+            folders.
 
     Returns:
         name of the file without .json -> settings, None where no run of that name is found.
     """
-    files = sorted((project_dir / "predictions").glob("*.json"))
-    names = [file.stem for file in files if file.name[0] != "."]
+    names = merged_names(project_dir / RESULTS_NAME)
+    if names is None:
+        files = sorted((project_dir / "predictions").glob("*.json"))
+        names = [file.stem for file in files if file.name[0] != "."]
     return {name: _read_settings(project_dir, name) for name in names}
 
 
 def _read_settings(project_dir: Path, name: str) -> Settings | None:
-    """Return the settings of a run, None if they are not to be had."""
-    for run_dir in (project_dir / "runs" / name, project_dir / name):
+    """Return the settings of a run, of one by folds those of a part; None if there are none."""
+    runs = (project_dir / "runs" / name, project_dir / name)
+    for folder in (run / part for run in runs for part in ("", "all", "fold1")):
         try:
-            settings = read_json(run_dir / "settings.json")
+            settings = read_json(folder / "settings.json")
         except CellsegError:
             continue
         if isinstance(settings, dict):
