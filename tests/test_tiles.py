@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from tiny_models import make_image, tiny_model
+from tiny_models import make_image, make_target, tiny_model
 from torch import nn
 
 from cellseg.coco import (
@@ -23,6 +23,7 @@ from cellseg.coco import (
 )
 from cellseg.errors import SettingsError
 from cellseg.inference import predict_image, predict_images, predict_tiles
+from cellseg.inference.merging import neighbour_ious
 from cellseg.inference.tiles import Tile, join_tiles, place_records, plan_for_model, plan_tiles
 
 
@@ -133,7 +134,7 @@ def test_only_very_large_images_are_tiled_by_default(size, scale, whole):
     tiles = plan_for_model(tiny_model(image_scale=scale), size)
     assert (len(tiles) == 1) == whole
     for tile in tiles:
-        assert whole or max(tile.shape) * scale <= 2048
+        assert whole or max(tile.shape) * scale <= 1536
 
 
 def blobs(seed, height, width, largest):
@@ -218,6 +219,64 @@ def test_a_model_that_cuts_cells_finds_the_whole_ones(size):
     assert check_records(found, image_sizes={1: size}) == []
     again = predict_images(model, [(image, 1)], tile_size=192, overlap=64, progress=False)
     assert again == expected
+
+
+NARROW = {"fpn_channels": 32, "head_width": 64, "rois_per_image": 64}
+
+
+def train_on_squares(steps):
+    """Return a narrow network that finds rectangles, after so many steps of training."""
+    torch.manual_seed(0)
+    model = tiny_model(**NARROW, proposals=300).train()
+    optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+    generator = np.random.default_rng(0)
+    for _ in range(steps):
+        squares = [scattered_squares(generator, 128, 128, 24) for _ in range(4)]
+        images = [make_image(128, 128, some) for some in squares]
+        losses = model(images, [make_target(128, 128, some) for some in squares])
+        optimiser.zero_grad()
+        sum(losses.values()).backward()
+        optimiser.step()
+    return model.state_dict()
+
+
+@pytest.mark.slow
+def test_a_network_sees_the_same_cells_in_tiles():
+    state = train_on_squares(240)
+    # As many proposals a pixel: of the best of all fewer would be left to a cell than in a tile.
+    model, wide = tiny_model(**NARROW, proposals=6000), tiny_model(**NARROW, proposals=30_000)
+    for network in (model, wide):
+        network.load_state_dict(state)
+        network.eval()
+    size = (576, 832)
+    image = make_image(*size, scattered_squares(np.random.default_rng(9), *size, 24))
+    whole = predict_image(wide, image, image_id=1)
+    options = {"tile_size": 320, "overlap": 64}
+    tiled = predict_tiles(model, image, image_id=1, **options)
+    tiles = plan_for_model(model, size, **options)
+    assert len(tiles) == 6
+    for one, other in ((whole, tiled), (tiled, whole)):
+        sure = [r for r in one if r["score"] >= 0.5 and not near_a_border(r["bbox"], tiles, size)]
+        assert len(sure) > 50
+        assert np.mean([has_twin(record, other) for record in sure]) >= 0.99
+
+
+def near_a_border(bbox, tiles, size):
+    """Tell whether a box comes nearer than half the overlap to a border between tiles."""
+    margin = tiles[0].overlap / 2
+    for axis in (0, 1):
+        ends = {tile.window[axis + side] for tile in tiles for side in (0, 2)} - {0, size[1 - axis]}
+        low, high = bbox[axis] - margin, bbox[axis] + bbox[axis + 2] + margin
+        if any(low < end < high for end in ends):
+            return True
+    return False
+
+
+def has_twin(record, others):
+    """Tell whether a record of the class has mask IoU >= 0.9 with this one."""
+    rles = [r["segmentation"] for r in others if r["category_id"] == record["category_id"]]
+    first, _, iou = neighbour_ious([record["segmentation"], *rles])
+    return bool((iou[first == 0] >= 0.9).any())
 
 
 def test_a_cell_larger_than_the_overlap_is_found_once_if_tiles_agree_on_most_of_it():
