@@ -1,5 +1,18 @@
-"""Scores of records against the truth."""
+"""Scores of records against the truth, and what they are made of."""
 
+from cellseg.evaluation.analysis import KINDS, PERFECT, ErrorReport, Mended, explain_errors
+from cellseg.evaluation.curves import (
+    BestCut,
+    Calibration,
+    ClassCurve,
+    Part,
+    calibrate,
+    class_curves,
+    curves_table,
+    parts_table,
+    score_by_crowding,
+    score_by_size,
+)
 from cellseg.evaluation.intervals import (
     Comparison,
     Interval,
@@ -19,19 +32,38 @@ from cellseg.evaluation.scores import (
     score_records,
     truth_from_targets,
 )
+from cellseg.evaluation.worst import Pick, worst_cells, worst_images
 
 __all__ = [
+    "KINDS",
+    "PERFECT",
+    "BestCut",
+    "Calibration",
+    "ClassCurve",
     "Comparison",
+    "ErrorReport",
     "Interval",
+    "Mended",
     "NucleiReport",
     "NucleiScores",
+    "Part",
+    "Pick",
     "Scores",
+    "calibrate",
     "choose_score_threshold",
+    "class_curves",
     "compare_records",
     "confusion_matrix",
+    "curves_table",
     "dataset_truth",
+    "explain_errors",
     "image_bootstrap",
+    "parts_table",
+    "score_by_crowding",
+    "score_by_size",
     "score_nuclei",
     "score_records",
     "truth_from_targets",
+    "worst_cells",
+    "worst_images",
 ]

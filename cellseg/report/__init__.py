@@ -1,5 +1,11 @@
 """Results a person looks at: figures of data and training, and the report of a run."""
 
+from cellseg.report.analysis_plots import (
+    plot_calibration,
+    plot_errors_mended,
+    plot_gallery,
+    plot_precision_recall,
+)
 from cellseg.report.document import Report, build_report
 from cellseg.report.leaks import plot_leaks
 from cellseg.report.plots import (
@@ -18,9 +24,13 @@ __all__ = [
     "build_report",
     "plot_audit",
     "plot_augmentations",
+    "plot_calibration",
     "plot_confusion_matrix",
+    "plot_errors_mended",
+    "plot_gallery",
     "plot_leaks",
     "plot_learning_curves",
+    "plot_precision_recall",
     "plot_prediction",
     "plot_sample",
     "plot_truth_and_prediction",

@@ -15,6 +15,7 @@ from cellseg.report.style import INK, class_colour
 
 # label -> one list of closed contours a cell, each [P, 2] as x, y in pixels
 Outlines = dict[int, list[list[np.ndarray]]]
+LineStyle = str | tuple[float, tuple[float, ...]]  # as matplotlib's: "-" or (offset, dashes)
 
 
 def outlines_of_target(target: Mapping[str, Any]) -> Outlines:
@@ -50,14 +51,17 @@ def count_cells(outlines: Outlines) -> str:
     return "1 cell" if number == 1 else f"{number:,} cells"
 
 
-def draw_outlines(axis: Axes, outlines: Outlines, *, width: float = 1.4) -> None:
+def draw_outlines(
+    axis: Axes, outlines: Outlines, *, width: float = 1.4, line: LineStyle = "-"
+) -> None:
     """Draw outlines in their class's colour over a thin dark edge that keeps them visible."""
     for label, cells in sorted(outlines.items()):
         lines = [contour for cell in cells for contour in cell]
         axis.add_collection(
             LineCollection(lines, colors="#1A1A1A", linewidths=width + 0.9, alpha=0.7)
         )
-        axis.add_collection(LineCollection(lines, colors=class_colour(label), linewidths=width))
+        style = {"colors": class_colour(label), "linewidths": width, "linestyles": [line]}
+        axis.add_collection(LineCollection(lines, **style))
 
 
 def class_handles(class_names: Sequence[str], outlines: Outlines | None = None) -> list[Line2D]:

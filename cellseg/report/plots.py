@@ -22,12 +22,12 @@ from cellseg.report.outlines import (
 )
 from cellseg.report.style import (
     FAINT,
-    GRID,
     INK,
     TRAIN_COLOUR,
     VAL_COLOUR,
     class_colour,
     finish_axis,
+    name_rows,
     new_figure,
 )
 
@@ -80,7 +80,7 @@ def plot_sample(image: Any, target: Mapping[str, Any], class_names: Sequence[str
     """
     figure, (left, right) = _image_panes(image, 1, 2)
     outlines = outlines_of_target(target)
-    height, width = _to_pixels(image).shape[:2]
+    height, width = to_pixels(image).shape[:2]
     _draw_image(left, image, f"The image, {width} x {height} px")
     _draw_image(right, image, f"Its {count_cells(outlines)} by class")
     draw_outlines(right, outlines)
@@ -241,7 +241,7 @@ def _draw_totals(axis: Axes, totals: Mapping[str, int]) -> None:
         axis.barh(row, count, 0.62, color=class_colour(row + 1), edgecolor=INK, linewidth=0.6)
         axis.annotate(f" {count:,}", (count, row), va="center", fontsize=9, color=INK)
     finish_axis(axis, f"{sum(totals.values()):,} annotated cells", "cells", "")
-    _name_rows(axis, list(totals))
+    name_rows(axis, list(totals))
     axis.set_xlim(0, 1.15 * max([1, *totals.values()]))
 
 
@@ -260,16 +260,7 @@ def _draw_areas(axis: Axes, areas: Mapping[str, np.ndarray]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     title = "Areas: quartiles, whiskers from 5 to 95 %"
     finish_axis(axis, title, "area of a cell (px², log scale)", "")
-    _name_rows(axis, list(areas))
-
-
-def _name_rows(axis: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a horizontal plot, the first on top, with vertical grid lines."""
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="y", visible=False)
-    axis.grid(axis="x", color=GRID, linewidth=0.8)
+    name_rows(axis, list(areas))
 
 
 def _write_cell(axis: Axes, row: int, column: int, count: int, share: float) -> None:
@@ -351,7 +342,7 @@ def _set_epoch_range(axis: Axes, rows: list[dict]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _to_pixels(image: Any) -> np.ndarray:
+def to_pixels(image: Any) -> np.ndarray:
     """Return an image as [H, W, 3] numpy array, from [3, H, W] or as it is."""
     pixels = np.asarray(image)
     return pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
@@ -359,7 +350,7 @@ def _to_pixels(image: Any) -> np.ndarray:
 
 def _image_panes(image: Any, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """Return a figure with panes in the image's own proportions."""
-    height, width = _to_pixels(image).shape[:2]
+    height, width = to_pixels(image).shape[:2]
     pane_height = float(np.clip(_PANE_INCHES * height / width, 1.5, 2 * _PANE_INCHES))
     figure = new_figure(_PANE_INCHES * columns, (pane_height + 0.8) * rows)
     return figure, np.atleast_1d(figure.subplots(rows, columns))
@@ -367,7 +358,7 @@ def _image_panes(image: Any, rows: int, columns: int) -> tuple[Figure, np.ndarra
 
 def _draw_image(axis: Axes, image: Any, title: str, size: int = 11) -> None:
     """Show an image without ticks, under a title."""
-    axis.imshow(_to_pixels(image))
+    axis.imshow(to_pixels(image))
     axis.set_title(title, fontsize=size, color=INK)
     axis.set_axis_off()
 

@@ -1,6 +1,7 @@
 """How all figures look: one colour a class, one ink, quiet axes, files with stable bytes."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +50,15 @@ def finish_axis(axis: Axes, title: str, x_label: str, y_label: str) -> None:
     axis.tick_params(which="both", color=FAINT, labelcolor=INK, labelsize=9)
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
+
+
+def name_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a horizontal plot, the first on top, with vertical grid lines."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:

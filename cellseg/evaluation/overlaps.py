@@ -1,0 +1,205 @@
+"""What each record found at a mask IoU of 0.5, and what else it overlaps, whatever the classes.
+
+AP asks whether a record found a cell of its class; to explain a score one must also know which
+cell a false record is near. Only masks whose boxes overlap are compared, so that time and memory
+follow the records and their neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cellseg.coco import Record
+from cellseg.evaluation.matches import Matches, average_precision, match_records
+from cellseg.evaluation.scores import Truth, check_fit
+from cellseg.inference.merging import MaskLine, box_neighbours
+
+FOUND_IOU = 0.5  # t_f of TIDE
+NEAR_IOU = 0.1  # t_b of TIDE: a record with less is on no cell
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """D records in the order given, and the T cells of the truth (annotations that are no crowd).
+
+    Attributes:
+        category_ids: int64 [C], ascending.
+        cells: the T annotations.
+        cell_label: int64 [T], their category ids.
+        image, label, score: of the records, [D]; image ids and category ids.
+        found: int64 [D], the cell that the record found as AP50 counts it, -1 if none.
+        ignored: bool [D], it found none and lies in a crowd, so that it does not count.
+        own, own_iou: int64, float64 [D], the cell of its class that it overlaps most; -1 and 0
+            where no IoU is >= 0.1. Of equal ones the first.
+        other, other_iou: the same among the cells of other classes.
+    """
+
+    category_ids: np.ndarray
+    cells: Sequence[dict]
+    cell_label: np.ndarray
+    image: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    found: np.ndarray
+    ignored: np.ndarray
+    own: np.ndarray
+    own_iou: np.ndarray
+    other: np.ndarray
+    other_iou: np.ndarray
+
+    @property
+    def false(self) -> np.ndarray:
+        """Records that found no cell and count, bool [D]."""
+        return (self.found < 0) & ~self.ignored
+
+    @property
+    def finder(self) -> np.ndarray:
+        """The record that found each cell, int64 [T]; -1 if none did."""
+        finder = np.full(len(self.cells), -1)
+        hits = np.flatnonzero(self.found >= 0)
+        finder[self.found[hits]] = hits
+        return finder
+
+    @property
+    def truths(self) -> np.ndarray:
+        """Cells of each class, int64 [C]."""
+        places = np.searchsorted(self.category_ids, self.cell_label)
+        return np.bincount(places, minlength=len(self.category_ids))
+
+
+def find_overlaps(truth: Truth, records: Sequence[Record]) -> Overlaps:
+    """Return what each record found and what it overlaps.
+
+    Args:
+        truth: COCO dict as `truth_from_targets` makes it.
+        records: result records.
+
+    Raises:
+        RecordsError: if a record's image, class or mask size is not the truth's.
+    """
+    check_fit(truth, records)
+    cells = [entry for entry in truth["annotations"] if not entry.get("iscrowd")]
+    label, image = (_column(records, key) for key in ("category_id", "image_id"))
+    score = np.array([record["score"] for record in records], dtype=float)
+    cell_label = _column(cells, "category_id")
+    record, cell, iou = _near_pairs(cells, _column(cells, "image_id"), records, image)
+    same = label[record] == cell_label[cell]
+    own, own_iou = _most(record[same], cell[same], iou[same], len(records))
+    other, other_iou = _most(record[~same], cell[~same], iou[~same], len(records))
+    ranks = np.lexsort((image, -score, label))
+    enough = same & (iou >= FOUND_IOU)
+    return Overlaps(
+        category_ids=np.array(sorted(entry["id"] for entry in truth["categories"]), dtype=int),
+        cells=cells,
+        cell_label=cell_label,
+        image=image,
+        label=label,
+        score=score,
+        found=_found(record[enough], cell[enough], iou[enough], ranks),
+        ignored=_ignored(truth, records, ranks),
+        own=own,
+        own_iou=own_iou,
+        other=other,
+        other_iou=other_iou,
+    )
+
+
+def grouped_ap50(
+    group: np.ndarray,
+    score: np.ndarray,
+    image: np.ndarray,
+    *,
+    found: np.ndarray,
+    ignored: np.ndarray,
+    truths: np.ndarray,
+) -> np.ndarray:
+    """Return the AP50 of each group of records, float64 [G]; NaN where there is no cell to find.
+
+    Args:
+        group: int64 [D], 0 to G - 1: classes, or classes of one image.
+        score: of the records, [D].
+        image: of the records, [D]; ties rank by image, then as given.
+        found: bool [D], the record found a cell.
+        ignored: bool [D], it counts neither as found nor as false.
+        truths: int64 [G], cells to find.
+    """
+    order = np.lexsort((image, -score, group))
+    nothing = np.zeros(len(order), dtype=np.int64)
+    matches = Matches(
+        category_ids=np.arange(len(truths)),
+        truths=truths[None],
+        image=nothing,
+        starts=np.searchsorted(group[order], np.arange(len(truths) + 1)),
+        rank=nothing,
+        found=found[None, order],
+        ignored=ignored[None, order],
+    )
+    return average_precision(matches, ious=slice(0, 1))[:, 0]
+
+
+def _column(entries: Sequence[dict], key: str) -> np.ndarray:
+    """Return one whole number of each entry, int64 [N]."""
+    return np.array([entry[key] for entry in entries], dtype=np.int64)
+
+
+def _near_pairs(
+    cells: Sequence[dict], cell_image: np.ndarray, records: Sequence[Record], image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (record, cell, IoU) of all pairs of one image whose mask IoU is 0.1 or more."""
+    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
+    in_image, in_cell_image = (_places(ids) for ids in (image, cell_image))
+    for image_id in in_image.keys() & in_cell_image.keys():
+        i, j = in_cell_image[image_id], in_image[image_id]
+        entries = [*(cells[k] for k in i.tolist()), *(records[k] for k in j.tolist())]
+        masks = MaskLine.from_rles([entry["segmentation"] for entry in entries])
+        first, second = box_neighbours(masks.boxes)
+        mixed = (first < len(i)) & (second >= len(i))
+        first, second = first[mixed], second[mixed]
+        possible = masks.iou_limits(first, second) >= NEAR_IOU
+        first, second = first[possible], second[possible]
+        iou = masks.ious(first, second)
+        near = iou >= NEAR_IOU
+        parts.append((j[second[near] - len(i)], i[first[near]], iou[near]))
+    record, cell, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return record, cell, iou
+
+
+def _places(ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Return for each id the positions where it stands, ascending."""
+    order = np.argsort(ids, kind="stable")
+    names, starts = np.unique(ids[order], return_index=True)
+    return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=False))
+
+
+def _most(
+    record: np.ndarray, cell: np.ndarray, iou: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cell of the highest IoU of each record, and that IoU; -1 and 0 without one."""
+    best, best_iou = np.full(number, -1), np.zeros(number)
+    order = np.lexsort((cell, -iou, record))
+    named, first = np.unique(record[order], return_index=True)
+    best[named], best_iou[named] = cell[order[first]], iou[order[first]]
+    return best, best_iou
+
+
+def _found(record: np.ndarray, cell: np.ndarray, iou: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Let records by rank take the free cell of the highest IoU (ties: the last); int64 [D]."""
+    found = np.full(len(ranks), -1)
+    place = np.empty(len(ranks), dtype=np.int64)
+    place[ranks] = np.arange(len(ranks))
+    order = np.lexsort((-cell, -iou, place[record]))
+    taken: set[int] = set()
+    for k, c in zip(record[order].tolist(), cell[order].tolist(), strict=True):
+        if found[k] < 0 and c not in taken:
+            found[k] = c
+            taken.add(c)
+    return found
+
+
+def _ignored(truth: Truth, records: Sequence[Record], ranks: np.ndarray) -> np.ndarray:
+    """Return which records a crowd excuses, bool [D]."""
+    ignored = np.zeros(len(records), dtype=bool)
+    if any(entry.get("iscrowd") for entry in truth["annotations"]):
+        ignored[ranks] = match_records(truth, records).ignored[0]
+    return ignored
