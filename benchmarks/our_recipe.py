@@ -16,21 +16,7 @@ from cellseg.inference import predict_images
 from cellseg.presets import pick_builder, settle_sizes
 from cellseg.training import fit, open_run, read_history
 
-LAPTOP: dict[str, Any] = {
-    "backbone": "mobilenetv2",
-    "train_on": "pieces",
-    "image_scale": 2.0,
-    "crop_size": 160,
-    "batch_size": 4,
-    "workers": 1,
-    "learning_rate": 1e-3,
-    "fpn_channels": 128,
-    "head_width": 512,
-    "rois_per_image": 128,
-    "detections_per_image": 1000,
-    "epochs": None,
-    "time_budget": 45 * 60,
-}
+LAPTOP: dict[str, Any] = presets.preset("laptop") | {"train_on": "tiles"}
 """Settings of a preset, and `train_on`: the training tiles whole, or as their pieces."""
 
 NEVER = 10**9  # epochs between validations: only the last is validated, and it chooses nothing

@@ -12,17 +12,20 @@ from cellseg.data import CellDataset, TrainTransform, make_loaders
 from cellseg.data.sizes import measure_cells, suggest_crop_size, suggest_image_scale
 from cellseg.errors import SettingsError
 from cellseg.models import BUILDERS, DetectorOptions
+from cellseg.models.options import ANCHOR_SIZES
 from cellseg.training import fit, pick_device
 
 Recipe = dict[str, Any]
 
 NAMES = ("quick", "laptop", "gpu")
+SMALL, MIDDLE = list(ANCHOR_SIZES), [16, 32, 64, 128, 256]
 TABLE: tuple[tuple[str, Any, Any, Any, str], ...] = (
     # setting, its value in each preset, reason
     ("backbone", "mobilenetv2", "mobilenetv2", "resnet50v2", "what a CPU bears; the more accurate"),
     ("weights", None, "DEFAULT", "DEFAULT", "a try downloads nothing; ImageNet's or COCO's"),
     ("image_scale", 1.0, "auto", "auto", "drawn cells are large; the median 32 network pixels"),
     ("network_size", 192, 320, 512, "side of a crop in network pixels; larger costs memory"),
+    ("anchor_sizes", SMALL, MIDDLE, MIDDLE, "network pixels, one a level; half a cell and up"),
     ("batch_size", 4, 4, 8, "crops a step; 8 fit into 16 GB"),
     ("sampler", "shuffle", "area", "area", "a large image is seen in as many places as it has"),
     ("draws_per_image", 2, 1, 1, "an epoch is long enough to be worth a validation"),

@@ -133,8 +133,9 @@ def test_the_processor_clock_does_not_run_while_the_process_waits():
 def test_a_lever_is_screened_and_predicted_with_again(data, tmp_path):
     recipe = screen.screened_recipe(TINY | {"epochs": 2}, 1)
     found = screen.screen(recipe, data, None, tmp_path / "a", threads=1, progress=False)
-    assert (found["steps"], found["ended_by"]) == (14, "epochs")  # 14 pieces, two a batch
-    assert found["seconds_a_step"] == pytest.approx(found["seconds"] / 14)
+    # Twice four crops of each of seven tiles, two a batch.
+    assert (found["steps"], found["ended_by"]) == (28, "epochs")
+    assert found["seconds_a_step"] == pytest.approx(found["seconds"] / 28)
     for part in ("tiles", "pieces"):
         assert set(found[part]) == {"ap50", "ap50_100", "ap", "ap50_per_class"}
         assert 0 <= found[part]["ap"] <= found[part]["ap50"] <= 1
