@@ -25,7 +25,7 @@ def tune_files(
     The file `<name>.json` is that of the run `<runs_dir>/<name>`, whose `oof.json` was written by
     `train --folds`. Settings are fitted for one company of members, so either all of them have
     such records or the defaults stand: what is best without a member says little of the ensemble
-    with it. Only images that every run held out count.
+    with it. Only images that every run held out count; their groups are those of the first run.
 
     Args:
         paths_or_dir: as for `ensemble_files`.

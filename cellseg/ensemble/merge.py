@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from cellseg.coco import Record, make_records
 from cellseg.ensemble.members import LeftOut, Member, count_text, find_files, read_members
 from cellseg.ensemble.rules import RULE_TEXTS, RULES
@@ -165,9 +167,9 @@ def _merge(
     """Return the merged records of the members, image by image."""
     taking = [member for member in members if member.weight > 0]
     weights = [member.weight for member in taking]
-    image_ids = {key for member in taking for key in member.table.image_ids.tolist()}
+    image_ids = np.unique(np.concatenate([member.table.image_ids for member in taking]))
     merged: list[Record] = []
-    for image_id in sorted(image_ids):
+    for image_id in image_ids.tolist():
         lists = [
             member.table.of_image(image_id, score_threshold=score_threshold) for member in taking
         ]

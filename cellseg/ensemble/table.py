@@ -1,4 +1,4 @@
-"""The records of a file as columns: a seventh of the memory of as many dicts."""
+"""The records of a file as columns, so that many files fit into memory side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
