@@ -71,11 +71,12 @@ class ErrorReport:
         perfect: a mend for each of `PERFECT`, in which a record's cell is the one that it found,
             else the one that it overlaps most with an IoU >= 0.1.
             Masks: each record gets the mask of its cell of its class; of those alike then the
-            best stays. All masks being true, this is what AP would be, too. Classes: each record
-            gets the class of its cell of any class; of those that reach an IoU of 0.5 with one
-            cell the best stays, if a class was changed. Suppression: of the records of one class
-            on one cell of any class only one stays, the one that found it if any did. Perfect
-            classes can cost AP50: false records move to the class of their cell.
+            best stays. All masks being true, this is what AP would be, too.
+            Classes: each record gets the class of its cell of any class. The best of those with
+            an IoU >= 0.5 finds the cell; the others go, but for duplicates that there were
+            before. This can cost AP50: false records move to the class of their cell.
+            Suppression: of the records of one class on one cell of any class only one stays, the
+            one that found it if any did, else the best.
         per_record: the kind of each record in the order given; None if it found a cell or a
             crowd excuses it.
         missed: ids of the missed annotations.
