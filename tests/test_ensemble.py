@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.stages_records import STAGES, make_ensemble
 from cellseg.coco import make_record, mask_to_rle, sort_records, write_records
 from cellseg.ensemble import RULES, Tuning, ensemble_files, merged_names, write_manifest
 from cellseg.errors import RecordsError, SettingsError
@@ -298,6 +299,13 @@ def test_the_summary_tables_the_members(folder):
     )
 
 
+def test_crowded_files_give_what_all_pairs_give():
+    (stage,) = (stage for stage in STAGES if stage.name == "ensemble")
+    files = make_ensemble(files=4, images=3, cells=60)
+    fused = stage.reference(files)
+    assert len(fused) > 100 and stage.equal(fused, stage.ours(files))
+
+
 # Files of other tools
 
 
@@ -477,7 +485,10 @@ def test_the_manifest_says_what_a_result_was_made_from(folder):
     assert content["settings"]["iou_threshold_is"] == "given"
     assert content["out_of_fold"]["ap50"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     assert merged_names(out) == ["a", "b"]  # c has no weight
-    assert member_settings(out.parent) == {"a": None, "b": None}
+    part = out.parent / "runs" / "a" / "all"  # of a run by folds
+    part.mkdir(parents=True)
+    (part / "settings.json").write_text('{"trainable_parameters": 7}')
+    assert member_settings(out.parent) == {"a": {"trainable_parameters": 7}, "b": None}
     write_records(out, [record(0.1)])
     assert merged_names(out) is None  # a manifest of another result
 
