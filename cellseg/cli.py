@@ -254,7 +254,7 @@ def predict(
         Path | None, typer.Option(help="Or: one image file, however large; its image_id is 1.")
     ] = None,
     ids: Ids = None,
-    views: Annotated[str, typer.Option(help="plain, flips (4 views) or d4 (8).")] = "plain",
+    views: Annotated[str, typer.Option(help="plain, flips (4), turns (4) or d4 (8).")] = "plain",
     scale: Annotated[
         list[float] | None, typer.Option(help="Size of a view; may be given several times.")
     ] = None,
@@ -498,11 +498,21 @@ def report(
     name: Annotated[str, typer.Option(help="Author, in any script.")] = "",
     student_id: Annotated[str, typer.Option(help="Printed beside the name.")] = "",
     output: Annotated[Path | None, typer.Option(help="The PDF; default: in the run.")] = None,
+    tissue: Annotated[
+        bool, typer.Option(help="Figures that show images; not for data that may not be shown.")
+    ] = True,
 ) -> None:
-    """Write the PDF report of a run."""
+    """Write the PDF report of a run, with the words.md and experiments.toml in its folder."""
     from cellseg.report import build_report
 
-    built = build_report(run_dir, title=title, name=name, student_id=student_id, output=output)
+    built = build_report(
+        run_dir,
+        title=title,
+        name=name,
+        student_id=student_id,
+        output=output,
+        tissue=tissue,
+    )
     for warning in built.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"{built.path}: {built.pages} pages")

@@ -1,4 +1,4 @@
-"""The report: what its pages say, what it does with strange names, missing parts, lost fonts."""
+"""The report: what its pages say, the student's own part, strange names, damage, lost fonts."""
 
 import json
 import re
@@ -8,11 +8,20 @@ import subprocess
 import numpy as np
 import pytest
 import typst
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from cellseg.cli import app
+from cellseg.coco import make_record, mask_to_rle, write_records
 from cellseg.errors import DataError
+from cellseg.evaluation import confusion_matrix, score_records, truth_from_targets
 from cellseg.report import build_report
+from cellseg.report.facts import facts_of_run, read_epochs
 from cellseg.report.glyphs import pick_fonts
+from cellseg.report.student import CHAPTERS, read_experiments, read_words
+from cellseg.training import write_evaluation
 
 SETTINGS = {
     "run_name": "mobilenetv2-3f9a1c",
@@ -59,8 +68,53 @@ def write_run(folder, *, settings=SETTINGS, full=True):
         (folder / "scores.json").write_text(json.dumps(SCORES), encoding="utf-8")
         (folder / "confusion.json").write_text(json.dumps(CONFUSION), encoding="utf-8")
         pixels = np.random.default_rng(0).integers(0, 255, (300, 600, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "figures" / "overlay_1.png")
+        for name in ("overlay_1", "gallery", "precision_recall", "calibration"):
+            Image.fromarray(pixels).save(folder / "figures" / f"{name}.png")
     return folder
+
+
+def squares(image_id, *corners, size=8, label=1, score=0.9):
+    """Return records of square cells with these top left corners in an image of 40 x 60."""
+    records = []
+    for row, column in corners:
+        mask = np.zeros((40, 60), dtype=bool)
+        mask[row : row + size, column : column + size] = True
+        records.append(make_record(image_id, label, score, mask_to_rle(mask)))
+    return records
+
+
+def evaluate(folder, found, *, groups=None, val_ids=("d",)):
+    """Write a run of three images of two cells, of which so many were found in each."""
+    write_run(folder, settings=SETTINGS | {"val_ids": list(val_ids)}, full=False)
+    corners = ((2, 3), (20, 30))
+    targets = []
+    for image_id in (1, 2, 3):
+        instance_map = np.zeros((1, 40, 60), dtype=np.int32)
+        for k, (row, column) in enumerate(corners, start=1):
+            instance_map[0, row : row + 8, column : column + 8] = k
+        target = {"instance_map": instance_map, "labels": np.array([1, 2]), "image_id": image_id}
+        targets.append(target)
+    truth = truth_from_targets(targets, SETTINGS["class_names"])
+    records = [
+        record
+        for image_id, number in enumerate(found, start=1)
+        for k in range(number)
+        for record in squares(image_id, corners[k], label=k + 1)
+    ]
+    scores, matrix = score_records(truth, records), confusion_matrix(truth, records)
+    write_evaluation(
+        folder, records, scores, matrix, SETTINGS["class_names"],
+        score_threshold=0.5, truth=truth, groups=groups,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run after evaluation, and beside it `elsewhere`, validated on other images."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    evaluate(folder / "elsewhere", (1, 1, 1), val_ids="xyz")
+    return evaluate(folder / "run", (2, 1, 1))
 
 
 def read_text(report):
@@ -79,10 +133,13 @@ def has_chinese_font():
 def test_report_tells_the_run_in_the_course_order(tmp_path):
     report = build_report(write_run(tmp_path / "run"), name="Ada", student_id="R1", title="Cells")
     assert report.path == tmp_path / "run" / "report.pdf"
-    assert 1 <= report.pages <= 3 and report.warnings == []
+    assert report.warnings == []
     text = read_text(report)
-    parts = ["Introduction", "Method", "Results", "Additional experiments", "References"]
-    places = [text.index(part) for part in parts]
+    parts = (
+        "1 Introduction", "2 Method", "3 Results", "4 Additional experiments", "References",
+        "Compliance",
+    )  # fmt: skip
+    places = [text.rindex(part) for part in parts]
     assert places == sorted(places)
     for words in (
         "Cells",
@@ -96,8 +153,179 @@ def test_report_tells_the_run_in_the_course_order(tmp_path):
         "0.0004",
         "5 March 2026",
         "best epoch was 1",
+        "98% of the annotated cells are found with the right class",
+        "12.3 M trainable parameters, fewer than 200 M; weights: random initialisation",
     ):
         assert words in text
+    assert report.path.stat().st_size < 3_000_000
+
+
+def test_settings_stand_beside_their_reasons(tmp_path):
+    text = read_text(build_report(write_run(tmp_path / "run")))
+    assert "anchor sizes 8, 16 network pixels; the usual 32 to 512 are larger" in text
+    assert "learning rate 0.0004 AdamW; random and narrow heads bear more" in text
+    assert "flip yes" in text
+
+
+def test_evaluated_run_shows_intervals_errors_and_what_costs_most(tmp_path):
+    run_dir = evaluate(tmp_path / "run", (2, 1, 1))
+    stored = json.loads((run_dir / "scores.json").read_text(encoding="utf-8"))
+    assert stored["images"] == 3 and stored["groups"] is None
+    interval = stored["intervals"]["ap50"]
+    assert interval["low"] < interval["value"] == stored["ap50"] < interval["high"]
+    text = read_text(build_report(run_dir))
+    assert f"{interval['low']:.3f}–{interval['high']:.3f}" in text
+    assert "1,000 draws of 3 images" in text and "PQ" in text and "AJI" in text
+    assert "Here it is missed: AP50 would be 1.000" in text
+    assert re.search(r"missed 2 1\.000 \+0\.\d{3}", text)
+
+
+def test_intervals_by_groups_are_called_so(tmp_path):
+    run_dir = evaluate(tmp_path / "run", (2, 1, 0), groups={1: "x", 2: "x", 3: "y"})
+    assert "1,000 draws of 2 groups of the 3 validation images" in read_text(build_report(run_dir))
+
+
+@pytest.mark.parametrize("tissue", [True, False])
+def test_tissue_is_left_out_where_it_may_not_be_shown(tissue, tmp_path):
+    text = read_text(build_report(write_run(tmp_path / "run"), tissue=tissue))
+    assert ("Validation image 1" in text and "largest missed cells" in text) == tissue
+    assert ("figures that show tissue are left out" in text) != tissue
+    assert "Precision and recall of each class" in text  # a drawing, no tissue
+
+
+def test_command_leaves_tissue_out(tmp_path):
+    command = ["report", str(write_run(tmp_path / "run")), "--no-tissue", "--name", "Ada"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "pages" in done.output
+    shutil.copyfile(tmp_path / "run" / "report.pdf", tmp_path / "none.pdf")
+    build_report(tmp_path / "run", name="Ada", tissue=False)
+    assert (tmp_path / "none.pdf").read_bytes() == (tmp_path / "run/report.pdf").read_bytes()
+
+
+def test_data_sets_are_cited_where_they_are_named(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    assert "HoVer-Net: " not in (plain := read_text(build_report(run_dir)))
+    assert "MoNuSAC" not in plain
+    (run_dir / "words.md").write_text("# Data\nThe images of MoNuSAC.\n", encoding="utf-8")
+    assert "MoNuSAC2020: A Multi" in read_text(build_report(run_dir))
+
+
+# The student's part
+
+
+def test_prompts_are_printed_until_words_replace_them(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    assert "Why is the task hard on these images?" in read_text(build_report(run_dir))
+    words = (run_dir / "words.md").read_text(encoding="utf-8")
+    prompt = f"> {CHAPTERS['Introduction']}"
+    own = "We look at *nuclei* #1 [@x]\nof the gut.\n\n- first\n- second"
+    mine = words.replace(prompt, own).replace(f"> {CHAPTERS['Data']}", "")
+    (run_dir / "words.md").write_text(mine, encoding="utf-8")
+    text = read_text(build_report(run_dir))
+    assert "We look at *nuclei* #1 [@x] of the gut." in text and "first" in text
+    assert "Why is the task hard" not in text and "What did you see" not in text
+    assert "Why this backbone?" in text
+    assert (run_dir / "words.md").read_text(encoding="utf-8") == mine
+
+
+@pytest.mark.parametrize(
+    ("content", "blocks", "is_prompt"),
+    [
+        ("# Results\n> Tell.\n> More.", ["Tell. More."], True),
+        ("# Results\n> Tell.\nI tell.", ["I tell."], False),  # the prompt was forgotten
+        ("# Results\n", [], True),
+        ("", [], True),
+        ("\ufeff# RESULTS #\r\none\r\n\r\ntwo", ["one", "two"], False),  # a Windows editor's
+        ("# Results\n- a\n  b\n* c\n\nd", [["a b", "c"], "d"], False),
+        ("# Results\na\n# Data\nb\n# Results\nc", ["a c"], False),
+        ("# Results\n#hashtag\n## sub", ["#hashtag ## sub"], False),
+    ],
+)
+def test_words_are_read_by_chapter(content, blocks, is_prompt, tmp_path):
+    (tmp_path / "words.md").write_bytes(content.encode())
+    assert read_words(tmp_path)["Results"] == {"blocks": blocks, "is_prompt": is_prompt}
+
+
+def test_unknown_chapter_is_named(tmp_path):
+    (tmp_path / "words.md").write_text("# Results\nx\n# Conclusion\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"words.md, line 3: 'Conclusion' is no chapter .* use one"):
+        read_words(tmp_path)
+
+
+def test_example_of_the_experiments_can_be_uncommented(tmp_path):
+    assert read_experiments(tmp_path) == []
+    path = tmp_path / "experiments.toml"
+    lines = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()]
+    begin = lines.index("[[experiment]]")
+    example = "\n".join(lines[begin : lines.index("#", begin)])
+    path.write_text(f"# mine\n\n{example}\n", encoding="utf-8")
+    (experiment,) = read_experiments(tmp_path)
+    assert experiment.line == 3 and experiment.after == "." and experiment.statistic == "ap50"
+    assert experiment.title == "Half the learning rate"
+
+
+def test_experiment_compares_two_runs_on_the_same_images(tmp_path):
+    old, run_dir = evaluate(tmp_path / "old", (1, 1, 1)), evaluate(tmp_path / "new", (2, 2, 2))
+    (run_dir / "experiments.toml").write_text(
+        '[[experiment]]\ntitle = "More"\nhypothesis = "H"\nwhy = "W"\n'
+        'before = "../old"\nafter = "."\nresult = "Confirmed."\n',
+        encoding="utf-8",
+    )
+    text = read_text(build_report(run_dir))
+    assert "4.1 More" in text and "Confirmed." in text
+    assert "AP50 is 1.000 with new and 0.500 with old: +0.500" in text
+    assert "AP50, old AP50, new difference 95 % interval" in text
+    write_records(old / "other.json", [])
+    (run_dir / "experiments.toml").write_text(
+        '[[experiment]]\nbefore = "../old/other.json"\nafter = "../new/validation.json"\n'
+        'statistic = "pq"\n',
+        encoding="utf-8",
+    )
+    text = read_text(build_report(run_dir))
+    assert "PQ is 1.000 with validation and 0.000 with other" in text
+    assert "what should change the score" in text  # the hypothesis was left out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[[experiment]]\ntitle = "a"\nwhy = b"\n', r"line 3: not valid TOML .* double quotes"),
+        ('[[experiment]]\ntitle = "a', r"line 2: not valid TOML"),
+        ('[[experiments]]\ntitle = "a"\n', r"line 1: 'experiments' belongs to no experiment"),
+        ('\ntitle = "a"\n', r"line 2: 'title' belongs to no experiment; begin each with a line"),
+        ('[experiment]\ntitle = "a"\n', r"line 1: 'experiment' belongs to no experiment"),
+        ('[[experiment]]\n\n[[experiment]]\nwy = "b"\n', r"line 3: .* has 'wy'; it may have"),
+        ("[[experiment]]\nwhy = 3\n", r'line 1: .* why = 3; write a text in quotes, "3"'),
+        ("experiment = [3]\n", r"line 1: experiment is 3; begin with"),
+        ('[[experiment]]\nafter = "."\n', r"line 1: .* has after but not before; give both"),
+        (
+            '[[experiment]]\nafter = "."\nbefore = "../gone"\n',
+            r"line 1: nothing to compare: .*gone does not exist; name a run",
+        ),
+        (
+            '[[experiment]]\nafter = "."\nbefore = "../elsewhere"\n',
+            r"line 1: .*elsewhere was validated on other images than .*; compare runs of one split",
+        ),
+        (
+            '[[experiment]]\nafter = "."\nbefore = "."\nstatistic = "auc"\n',
+            r"line 1: nothing to compare: statistic 'auc' is not one of ap, ap50",
+        ),
+    ],
+)
+def test_fault_in_the_experiments_is_named_with_its_line(content, message, evaluated):
+    run_dir = evaluated
+    (run_dir / "experiments.toml").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=f"experiments.toml, {message}"):
+        build_report(run_dir)
+
+
+def test_comparison_needs_the_truth(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "experiments.toml").write_text(
+        '[[experiment]]\nafter = "."\nbefore = "."\n', encoding="utf-8"
+    )
+    with pytest.raises(DataError, match=r"line 1: nothing to compare: .*truth.json does not exist"):
+        build_report(run_dir)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -118,7 +346,10 @@ def test_sample_run_is_marked_on_every_page_and_a_real_one_on_none(tmp_path):
 def test_missing_parts_are_said(tmp_path):
     report = build_report(write_run(tmp_path / "run", full=False))
     text = read_text(report)
-    for name in ("scores.json", "confusion.json", "figures/overlay*.png"):
+    for name in (
+        "scores.json", "confusion.json", "errors.json", "figures/overlay*.png",
+        "figures/gallery.png", "figures/precision_recall.png", "figures/calibration.png",
+    ):  # fmt: skip
         assert f"holds no {name}" in text
 
 
@@ -153,7 +384,8 @@ def test_letters_of_latin_greek_and_cyrillic_need_no_system_font(tmp_path):
 def test_overlay_is_printed_small(tmp_path):
     run_dir = write_run(tmp_path / "run")
     Image.effect_noise((3000, 1500), 60).save(run_dir / "figures" / "overlay_0.png")
-    assert build_report(run_dir).path.stat().st_size < 600_000
+    Image.effect_noise((3000, 1500), 60).save(run_dir / "figures" / "gallery.png")
+    assert build_report(run_dir).path.stat().st_size < 3_000_000
 
 
 @pytest.mark.parametrize(
@@ -163,7 +395,21 @@ def test_overlay_is_printed_small(tmp_path):
         ("metrics.jsonl", None, "metrics.jsonl does not exist: train at least one epoch"),
         ("metrics.jsonl", "", "metrics.jsonl is empty"),
         ("metrics.jsonl", '{"epoch": 1}\n{"epo', "metrics.jsonl: line 2 is not an epoch"),
+        ("metrics.jsonl", '{"epoch": 1, "ap50": "x"}', "metrics.jsonl: line 1 is not an epoch"),
+        ("metrics.jsonl", "[" * 10**5, "metrics.jsonl: line 1 is not an epoch"),
+        ("settings.json", "[]", r"settings.json is not as a run writes it \(it holds a list\)"),
+        ("settings.json", '{"class_names": "ab"}', "settings.json .*class_names is 'ab'.*; open"),
+        ("settings.json", '{"model": [3]}', "settings.json is not as a run writes it"),
         ("scores.json", "{", "scores.json is not valid JSON"),
+        ("scores.json", '{"ap50": "x"}', "scores.json is not as .*; remove it, or evaluate"),
+        ("confusion.json", "{}", r"confusion.json .*\(no 'class_names'\); remove it, or eval"),
+        (
+            "confusion.json",
+            json.dumps(CONFUSION | {"matrix": [[1, 2], [3, 4]]}),
+            "confusion.json .*the matrix is not square for 2 classes and background",
+        ),
+        ("errors.json", '{"kinds": {}, "perfect": {}}', "errors.json is not as a run writes it"),
+        ("figures/gallery.png", "x", "gallery.png is no usable image .* draw it anew"),
     ],
 )
 def test_damaged_run_is_named(file, content, message, tmp_path):
@@ -181,3 +427,46 @@ def test_one_epoch_without_validation_and_a_bare_settings_file(tmp_path):
     run_dir = write_run(tmp_path / "run", settings={"run_name": "bare"}, full=False)
     (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 2.0}\n', encoding="utf-8")
     assert build_report(run_dir).pages >= 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["settings.json", "scores.json", "confusion.json", "errors.json"]),
+    st.integers(0, 30),
+    VALUES,
+)
+def test_any_value_in_a_file_is_shown_or_refused_by_name(evaluated, name, place, value):
+    run_dir = evaluated
+    path = run_dir / name
+    content = path.read_text(encoding="utf-8")
+    damaged = json.loads(content)
+    damaged[sorted(damaged)[place % len(damaged)]] = value
+    path.write_text(json.dumps(damaged), encoding="utf-8")
+    try:
+        json.dumps(facts_of_run(run_dir), allow_nan=False)
+    except DataError as error:
+        assert name in str(error)
+    finally:
+        path.write_text(content, encoding="utf-8")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["epoch", "ap50", "seconds"]), VALUES)))
+@settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_line_is_an_epoch_or_refused_by_name(tmp_path, rows):
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    try:
+        assert all(isinstance(row["epoch"], int) for row in read_epochs(tmp_path))
+    except DataError as error:
+        assert "metrics.jsonl" in str(error)

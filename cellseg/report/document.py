@@ -2,35 +2,36 @@
 
 import io
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import typst
 from PIL import Image
 
 from cellseg.errors import DataError
-from cellseg.files import read_json, write_atomically
+from cellseg.files import write_atomically
+from cellseg.report.experiments import compare_experiments
+from cellseg.report.facts import (
+    Facts,
+    data_sets_named,
+    facts_of_epochs,
+    facts_of_run,
+    read_epochs,
+)
 from cellseg.report.glyphs import drop_undrawable, pick_fonts
 from cellseg.report.plots import plot_learning_curves
+from cellseg.report.student import read_experiments, read_words
 from cellseg.report.style import save_figure
 
-_TEMPLATE = Path(__file__).with_name("report.typ")
-_MAX_PAGES = 3
+_BESIDE = ("report.typ", "references.yml")
+_DRAWINGS = ("precision_recall", "errors_mended", "calibration")
 _MAX_OVERLAYS = 2
-_OVERLAY_PIXELS = 900
-_SCORE_NAMES = {
-    "ap50": "AP50",
-    "ap": "AP",
-    "ap75": "AP75",
-    "ap50_100": "AP50, at most 100",
-    "ap_100": "AP, at most 100",
-}
+_TISSUE_PIXELS = 1800
+_DRAWING_PIXELS = 1800
+_DEFAULT_CUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,16 @@ def build_report(
     name: str = "",
     student_id: str = "",
     output: str | Path | None = None,
+    tissue: bool = True,
     system_fonts: bool = True,
 ) -> Report:
     """Write the report of a run as PDF; the same folder gives the same bytes.
 
-    Reads settings.json and metrics.jsonl, and what there is of scores.json, confusion.json and
-    figures/overlay*.png (the first two); what is missing is said in the report.
+    Reads settings.json and metrics.jsonl, what there is of scores.json, confusion.json and
+    errors.json (of `write_evaluation`), and of figures/: precision_recall.png, errors_mended.png,
+    calibration.png, gallery.png and overlay*.png (the first two). What is missing is said. The
+    student's own words and experiments come from words.md and experiments.toml, which are made
+    with prompts if they are missing and never written over.
 
     Args:
         run_dir: folder of the run.
@@ -68,6 +73,7 @@ def build_report(
         name: author, in any script for which a font is installed.
         student_id: printed beside the name.
         output: the PDF to write; report.pdf in the run's folder by default.
+        tissue: False leaves out every figure that shows pixels of images, and says so.
         system_fonts: False uses only the fonts that typst brings, which hold Latin, Greek and
             Cyrillic.
 
@@ -75,29 +81,35 @@ def build_report(
         the Report; characters that no font can draw are left out, with a warning.
 
     Raises:
-        DataError: if settings.json or metrics.jsonl is missing or damaged.
+        DataError: if settings.json or metrics.jsonl is missing, or a file is damaged; names it.
     """
     run_dir = Path(run_dir)
     output = Path(output) if output is not None else run_dir / "report.pdf"
-    settings, epochs = read_json(run_dir / "settings.json"), _read_metrics(run_dir)
+    epochs = read_epochs(run_dir)
+    facts = {"title": title, "author": name, "student_id": student_id, "tissue": tissue}
+    facts |= facts_of_run(run_dir) | facts_of_epochs(epochs)
+    facts |= _facts_of_student(run_dir, facts)
     fonts = typst.Fonts(include_system_fonts=system_fonts)
-    facts = {"title": title, "author": name, "student_id": student_id}
-    facts |= _facts_of_settings(settings) | _facts_of_epochs(epochs)
-    facts |= {"scores": None, "class_scores": [], "confusion": None}
-    facts |= _facts_of_scores(_read_optional(run_dir / "scores.json"))
-    facts |= _facts_of_confusion(_read_optional(run_dir / "confusion.json"))
     facts, warnings = drop_undrawable(facts, fonts)
     facts["fonts"] = pick_fonts(fonts)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        facts["overlays"] = _copy_overlays(run_dir / "figures", root)
+        facts["figures"] = _copy_figures(run_dir / "figures", root, tissue=tissue)
         save_figure(plot_learning_curves(epochs), root / "curves.svg")
         (root / "data.json").write_text(json.dumps(facts), encoding="utf-8")
         pdf, pages = _compile(root, fonts)
     write_atomically(output, pdf)
-    if pages > _MAX_PAGES:
-        warnings.append(f"the report has {pages} pages; the course asks for {_MAX_PAGES} at most")
     return Report(output, pages, warnings)
+
+
+def _facts_of_student(run_dir: Path, facts: Facts) -> Facts:
+    """Return the student's words and experiments, and the data sets that are to be cited."""
+    words = read_words(run_dir)
+    cut = float(facts["confusion"]["score_threshold"]) if facts["confusion"] else _DEFAULT_CUT
+    experiments = compare_experiments(run_dir, read_experiments(run_dir), score_threshold=cut)
+    written = json.dumps([part for part in words.values() if not part["is_prompt"]])
+    named = data_sets_named(facts["images"]["source"], written)
+    return {"words": words, "experiments": experiments, "data_sets": named}
 
 
 def _compile(root: Path, fonts: typst.Fonts) -> tuple[bytes, int]:
@@ -106,173 +118,58 @@ def _compile(root: Path, fonts: typst.Fonts) -> tuple[bytes, int]:
     PDF/A is an archive's format: everything is embedded, and a character without a glyph is an
     error instead of a box.
     """
-    shutil.copyfile(_TEMPLATE, root / "report.typ")
+    for name in _BESIDE:
+        shutil.copyfile(Path(__file__).with_name(name), root / name)
     compiler = typst.Compiler(root / "report.typ", root=root, font_paths=fonts)
     pdf = compiler.compile(format="pdf", pdf_standards="a-2b", timestamp=0)
     return pdf, int(json.loads(compiler.query("<pages>", field="value", one=True)))
 
 
-def _read_metrics(run_dir: Path) -> list[dict]:
-    """Return the epochs of metrics.jsonl in order; of an epoch told twice, the later line."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        raise DataError(f"{path} does not exist: train at least one epoch before the report")
-    rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["epoch"]] = row
-        except (ValueError, TypeError, KeyError):
-            raise DataError(f"{path}: line {number} is not an epoch's summary; remove it") from None
-    if not rows:
-        raise DataError(f"{path} is empty: train at least one epoch before the report")
-    return [rows[epoch] for epoch in sorted(rows)]
+def _copy_figures(figures_dir: Path, root: Path, *, tissue: bool) -> Facts:
+    """Copy the figures at print size: a report of 1 MB, not of 20.
+
+    Returns:
+        name of each drawing -> file's name or None; "gallery" the same; "overlays" the files.
+    """
+    figures: Facts = {}
+    for name in _DRAWINGS:
+        path = figures_dir / f"{name}.png"
+        figures[name] = _copy_drawing(path, root) if path.exists() else None
+    gallery, overlays = figures_dir / "gallery.png", sorted(figures_dir.glob("overlay*.png"))
+    figures["gallery"] = _copy_tissue([gallery] if tissue and gallery.exists() else [], root)
+    figures["overlays"] = _copy_tissue(overlays[:_MAX_OVERLAYS] if tissue else [], root)
+    return figures
 
 
-def _read_optional(path: Path) -> Any | None:
-    """Return the content of a JSON file, None if there is no such file."""
-    return read_json(path) if path.exists() else None
+def _copy_drawing(path: Path, root: Path) -> str:
+    """Copy a figure of lines and letters without loss; return its new name."""
+    image = _open_figure(path)
+    image.thumbnail((_DRAWING_PIXELS, _DRAWING_PIXELS))
+    image.save(root / path.name, "PNG", optimize=True)
+    return path.name
 
 
-def _facts_of_settings(settings: Mapping[str, Any]) -> dict:
-    """Return what the report says about data, model and recipe, all of it as text."""
-    model, started = settings.get("model") or {}, _parse_time(settings.get("started"))
-    builder = str(model.get("builder", "?"))
-    parameters = settings.get("trainable_parameters")
-    device = _as_text(settings.get("device") or "")
-    return {
-        "run_name": str(settings.get("run_name", "")),
-        "sample_data": bool(settings.get("sample_data")),
-        "date": [started.year, started.month, started.day] if started else None,
-        "classes": [str(name) for name in settings.get("class_names", [])],
-        "builder": builder,
-        "backbone": next((b for b in ("mobilenet", "resnext", "resnet") if b in builder), ""),
-        "provenance": _as_text(settings.get("provenance") or ""),
-        "parameters": f"{parameters / 1e6:.1f} million" if parameters else "",
-        "arguments": _as_pairs(model.get("arguments") or {}),
-        "recipe": _as_pairs(settings.get("recipe") or {}),
-        "seed": _as_text(settings.get("seed")),
-        "device": "the CPU" if device == "cpu" else device,
-        "versions": ", ".join(f"{k} {v}" for k, v in (settings.get("versions") or {}).items()),
-        "channel_order": _as_text(settings.get("channel_order")),
-    } | _facts_of_data(settings)
-
-
-def _facts_of_data(settings: Mapping[str, Any]) -> dict:
-    """Return the numbers of images and of cells by class, as text."""
-    data = settings.get("data") or {}
-    train, val = len(settings.get("train_ids", [])), len(settings.get("val_ids", []))
-    counts = data.get("cells_per_class") or {}
-    total = sum(counts.values())
-    return {
-        "images": {
-            "total": f"{data.get('images') or train + val:,}",
-            "train": f"{train:,}",
-            "val": f"{val:,}",
-            "source": _as_text(data.get("source") or "source not stated"),
-        },
-        "fingerprint": str(data.get("fingerprint") or "")[:12],
-        "cells_total": f"{total:,}",
-        "cells": [
-            {"name": name, "count": f"{count:,}", "share": f"{count / max(total, 1):.1%}"}
-            for name, count in counts.items()
-        ],
-    }
-
-
-def _facts_of_epochs(epochs: Sequence[Mapping[str, Any]]) -> dict:
-    """Return the number of epochs, their time and the best of them."""
-    validated = [row for row in epochs if row.get("ap50") is not None]
-    best = max(validated, key=lambda row: row["ap50"], default=None)
-    seconds = sum(row.get("seconds") or 0 for row in epochs)
-    return {
-        "epochs": f"{len(epochs):,}",
-        "duration": _as_duration(seconds) if seconds else "",
-        "best": best and {"epoch": str(best["epoch"]), "ap50": f"{best['ap50']:.3f}"},
-    }
-
-
-def _facts_of_scores(scores: Mapping[str, Any] | None) -> dict:
-    """Return the table of scores, and AP50 by class."""
-    if scores is None:
-        return {}
-    by_class = scores.get("ap50_per_class") or {}
-    return {
-        "scores": [
-            {"name": name, "value": _as_score(scores.get(key))}
-            for key, name in _SCORE_NAMES.items()
-            if key in scores
-        ],
-        "class_scores": [
-            {"name": name, "value": _as_score(value)} for name, value in by_class.items()
-        ],
-    }
-
-
-def _facts_of_confusion(confusion: Mapping[str, Any] | None) -> dict:
-    """Return counts and shares of the row; the corner, which means nothing, stays blank."""
-    if confusion is None:
-        return {}
-    matrix = confusion["matrix"]
-    rows = [
-        [{"count": f"{count:,}", "share": count / max(sum(row), 1)} for count in row]
-        for row in matrix
-    ]
-    rows[-1][-1] = {"count": "", "share": 0}
-    thresholds = {key: _as_text(confusion[key]) for key in ("score_threshold", "iou_threshold")}
-    return {"confusion": {"names": list(confusion["class_names"]), "rows": rows} | thresholds}
-
-
-def _copy_overlays(figures_dir: Path, root: Path) -> list[str]:
-    """Copy the first overlays, as JPEG of print size: a report of 300 KB, not of 5 MB."""
+def _copy_tissue(paths: Sequence[Path], root: Path) -> list[str]:
+    """Copy figures of tissue as JPEG; return their new names."""
     names = []
-    for path in sorted(figures_dir.glob("overlay*.png"))[:_MAX_OVERLAYS]:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-        image.thumbnail((_OVERLAY_PIXELS, _OVERLAY_PIXELS))
+    for path in paths:
+        image = _open_figure(path)
+        image.thumbnail((_TISSUE_PIXELS, _TISSUE_PIXELS))
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=75)
-        names.append(f"{len(names)}.jpg")
+        image.save(buffer, "JPEG", quality=80)
+        names.append(f"{path.stem}.jpg")
         (root / names[-1]).write_bytes(buffer.getvalue())
     return names
 
 
-def _parse_time(text: Any) -> datetime | None:
-    """Return an ISO time in UTC, None if it is not one."""
+def _open_figure(path: Path) -> Image.Image:
+    """Return a figure's pixels as RGB.
+
+    Raises:
+        DataError: if the file is no image.
+    """
     try:
-        return datetime.fromisoformat(str(text)).astimezone(UTC)
-    except ValueError:
-        return None
-
-
-def _as_text(value: Any) -> str:
-    """Return a setting as a reader writes it: yes, 0.0004, 8, 16, 32."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_as_text, value))
-    return str(value)
-
-
-def _as_pairs(settings: Mapping[str, Any]) -> list[list[str]]:
-    """Return settings as (words, value) pairs in their own order."""
-    return [[str(key).replace("_", " "), _as_text(value)] for key, value in settings.items()]
-
-
-def _as_score(value: float | None) -> str | None:
-    """Return a score with three decimals, None where there is none."""
-    return None if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _as_duration(seconds: float) -> str:
-    """Return "45 s", "12 min" or "3 h 20 min"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no usable image ({error}); remove it or draw it anew") from None

@@ -16,10 +16,8 @@ import torchvision
 from torch import nn
 
 import cellseg
-from cellseg.coco import Record, write_records
 from cellseg.data import CellDataset
 from cellseg.errors import DataError, SettingsError, TrainingError
-from cellseg.evaluation import Scores
 from cellseg.files import read_json, read_text, write_atomically
 from cellseg.models import count_trainable_parameters
 from cellseg.training.lock import lock_run
@@ -330,36 +328,3 @@ def write_history(run_dir: str | Path, history: Sequence[EpochSummary]) -> None:
     """Write `metrics.jsonl` anew, whole."""
     lines = [json.dumps(asdict(summary)) + "\n" for summary in history]
     write_atomically(Path(run_dir) / "metrics.jsonl", "".join(lines))
-
-
-def write_evaluation(
-    run_dir: str | Path,
-    records: Sequence[Record],
-    scores: Scores,
-    matrix: np.ndarray,
-    class_names: Sequence[str],
-    *,
-    score_threshold: float,
-    iou_threshold: float = 0.5,
-) -> None:
-    """Write a run's validation results, from which the report is made.
-
-    Args:
-        run_dir: the run's folder.
-        records: detections on the validation images -> `validation.json`.
-        scores: their AP -> `scores.json`.
-        matrix: int [C + 1, C + 1], rows truth, background last -> `confusion.json`.
-        class_names: names of the classes.
-        score_threshold: from which score on the matrix counts detections.
-        iou_threshold: mask IoU at which the matrix calls two masks one cell.
-    """
-    run_dir = Path(run_dir)
-    write_records(run_dir / "validation.json", records)
-    write_atomically(run_dir / "scores.json", json.dumps(asdict(scores), indent=1) + "\n")
-    confusion = {
-        "matrix": np.asarray(matrix).tolist(),
-        "class_names": list(class_names),
-        "score_threshold": score_threshold,
-        "iou_threshold": iou_threshold,
-    }
-    write_atomically(run_dir / "confusion.json", json.dumps(confusion) + "\n")

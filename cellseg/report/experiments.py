@@ -1,0 +1,111 @@
+"""The numbers of the student's experiments: two runs compared on the same validation images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cellseg.coco import Record, read_records
+from cellseg.errors import CellsegError, DataError
+from cellseg.evaluation import Comparison, compare_records
+from cellseg.evaluation.scores import Truth
+from cellseg.files import read_json
+from cellseg.report.facts import SCORE_NAMES
+from cellseg.report.student import EXPERIMENTS_NAME, Experiment
+from cellseg.training import read_truth
+
+
+def compare_experiments(
+    run_dir: str | Path, experiments: Sequence[Experiment], *, score_threshold: float
+) -> list[dict[str, Any]]:
+    """Return what the report says of each experiment, all of it as text.
+
+    Args:
+        run_dir: the run's folder; `truth.json` in it is needed where something is compared.
+        experiments: of `read_experiments`.
+        score_threshold: the cut for the nuclei scores.
+
+    Returns:
+        per experiment its texts and `comparison`: None, or a table's cells and a sentence.
+
+    Raises:
+        DataError: if something cannot be compared; names the line of experiments.toml, and why.
+    """
+    shown = []
+    for experiment in experiments:
+        told = {key: getattr(experiment, key) for key in ("title", "hypothesis", "why", "result")}
+        told["comparison"] = None
+        if experiment.before:
+            try:
+                told["comparison"] = _compare(Path(run_dir), experiment, score_threshold)
+            except CellsegError as error:
+                where = f"{Path(run_dir) / EXPERIMENTS_NAME}, line {experiment.line}"
+                raise DataError(f"{where}: nothing to compare: {error}") from None
+        shown.append(told)
+    return shown
+
+
+def _compare(run_dir: Path, experiment: Experiment, score_threshold: float) -> dict[str, Any]:
+    """Return the comparison of one experiment as text."""
+    truth, groups = read_truth(run_dir)
+    paths = [run_dir / experiment.before, run_dir / experiment.after]
+    names = _names(paths)
+    comparison = compare_records(
+        truth,
+        *(_records(run_dir, path, truth) for path in paths),
+        statistic=experiment.statistic,
+        score_thresholds=(score_threshold, score_threshold),
+        names=names,
+        groups=groups,
+    )
+    return {
+        "statistic": SCORE_NAMES[experiment.statistic],
+        "names": list(names),
+        "values": [_shown(value) for value in (comparison.value_a, comparison.value_b)],
+        "difference": _shown(comparison.difference, "+.3f"),
+        "interval": _interval(comparison),
+        "sentence": comparison.sentence,
+    }
+
+
+def _records(run_dir: Path, path: Path, truth: Truth) -> list[Record]:
+    """Return the records of a run's folder, or of a file, checked against the truth."""
+    if path.is_dir():
+        _check_same_images(run_dir, path)
+        path = path / "validation.json"
+    if not path.exists():
+        raise DataError(f"{path} does not exist; name a run that was evaluated, or a result file")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    classes = [category["id"] for category in truth["categories"]]
+    return read_records(path, image_ids=sizes, category_ids=classes, image_sizes=sizes)
+
+
+def _check_same_images(run_dir: Path, other: Path) -> None:
+    """Refuse a run that was validated on other samples: its records are of other images."""
+    if other.resolve() == run_dir.resolve():
+        return
+    ours, theirs = (read_json(folder / "settings.json") for folder in (run_dir, other))
+    if not isinstance(theirs, dict) or ours.get("val_ids") != theirs.get("val_ids"):
+        raise DataError(
+            f"{other} was validated on other images than {run_dir}; compare runs of one split"
+        )
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, str]:
+    """Return what the two sides are called: folder or file; with its folder if both are alike."""
+    resolved = [path.resolve() for path in paths]
+    before, after = (path.stem if path.suffix == ".json" else path.name for path in resolved)
+    if before == after:
+        before, after = (f"{path.parent.name}/{path.name}" for path in resolved)
+    return before, after
+
+
+def _interval(comparison: Comparison) -> str:
+    """Return the ends of an interval, a dash where there is none."""
+    if comparison.low is None:
+        return "–"
+    return f"{comparison.low:+.3f} to {comparison.high:+.3f}"
+
+
+def _shown(value: float | None, form: str = ".3f") -> str:
+    """Return a score as text."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,321 @@
+"""What a run's files say, as texts and shares that the report's template can print."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cellseg.errors import DataError
+from cellseg.files import read_json, read_text
+from cellseg.presets import TABLE
+from cellseg.submission.compliance import compliance
+
+Facts = dict[str, Any]
+
+SCORE_NAMES = {
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap": "AP",
+    "ap50_100": "AP50, at most 100",
+    "ap75_100": "AP75, at most 100",
+    "ap_100": "AP, at most 100",
+    "pq": "PQ",
+    "dq": "DQ",
+    "sq": "SQ",
+    "aji": "AJI",
+    "dice": "Dice",
+    "f_d": "F_d",
+}
+_AP_SHOWN = ("ap50", "ap75", "ap", "ap50_100", "ap_100")
+_NUCLEI_SHOWN = ("pq", "aji", "dice", "f_d")
+_REASONS = {row[0]: row[-1] for row in TABLE} | {
+    "anchor_sizes": "network pixels; the usual 32 to 512 are larger than most nuclei",
+    "detections_per_image": "an image holds hundreds of cells; COCO's usual 100 would lose them",
+    "proposals": "a cell without a proposal is lost, so several times the cells of an image",
+    "score_threshold": "low: AP gains from unsure cells, and sorting does the rest",
+    "norm": "which batch norms learn; batches are small, so loaded statistics stay",
+    "ema_decay": "averaged weights are steadier than the last ones",
+    "seed": "of the weights that are drawn at random",
+}
+_BACKBONES = ("mobilenet", "resnext", "resnet", "convnext")
+_DATA_SETS = ("MoNuSAC", "CoNSeP")
+_MEASURED = ("train_loss", "val_loss", "ap", "ap50", "ap50_100", "train_ap50", "seconds")
+_THRESHOLDS = ("score_threshold", "iou_threshold")
+_SHAPE_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+def facts_of_run(run_dir: Path) -> Facts:
+    """Return what settings.json, scores.json, confusion.json and errors.json say.
+
+    Raises:
+        DataError: if one is not as a run writes it; names the file, what is wrong and the remedy.
+    """
+    facts: Facts = {"scores": None, "confusion": None, "errors": None}
+    facts |= _read(run_dir / "settings.json", _settings, "open the run anew in another folder")
+    for name, tell in (
+        ("scores", _scores),
+        ("confusion", _confusion),
+        ("errors", _errors),
+    ):
+        path = run_dir / f"{name}.json"
+        if path.exists():
+            facts[name] = _read(path, tell, "remove it, or evaluate the run again")
+    return facts
+
+
+def read_epochs(run_dir: Path) -> list[dict]:
+    """Return the epochs of metrics.jsonl in order; of an epoch told twice, the later line.
+
+    Raises:
+        DataError: if there is none, or a line is none; names file and line.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        raise DataError(f"{path} does not exist: train at least one epoch before the report")
+    rows = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            for key in _MEASURED:
+                row[key] = _measured(row.get(key), key)
+            rows[_whole(row["epoch"], "epoch")] = row
+        except (*_SHAPE_ERRORS, RecursionError):
+            raise DataError(f"{path}: line {number} is not an epoch's summary; remove it") from None
+    if not rows:
+        raise DataError(f"{path} is empty: train at least one epoch before the report")
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def facts_of_epochs(epochs: Sequence[Mapping[str, Any]]) -> Facts:
+    """Return the number of epochs, their time, and what the curves say at their end."""
+    validated = [row for row in epochs if row.get("ap50") is not None]
+    best = max(validated, key=lambda row: row["ap50"], default=None)
+    seconds = sum(row.get("seconds") or 0 for row in epochs)
+    return {
+        "epochs": f"{len(epochs):,}",
+        "duration": _as_duration(seconds) if seconds else "",
+        "best": best
+        and {
+            "epoch": str(best["epoch"]),
+            "ap50": _as_score(best["ap50"]),
+            "train": _as_score(best.get("train_ap50")),
+        },
+    }
+
+
+def data_sets_named(*texts: str) -> list[str]:
+    """Return the data sets with a reference that texts name, in lower case."""
+    together = " ".join(texts).lower()
+    return [name.lower() for name in _DATA_SETS if name.lower() in together]
+
+
+def _read(path: Path, tell: Callable[[Any], Any], remedy: str) -> Any:
+    """Return what a file says; what has another shape than a run writes is an error of ours."""
+    content = read_json(path)
+    try:
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        return tell(content)
+    except _SHAPE_ERRORS as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise DataError(f"{path} is not as a run writes it ({reason}); {remedy}") from None
+
+
+def _settings(settings: Mapping[str, Any]) -> Facts:
+    """Return what the report says about data, model and recipe."""
+    model, started = settings.get("model") or {}, _parse_time(settings.get("started"))
+    builder = str(model.get("builder", "?"))
+    arguments, recipe = model.get("arguments") or {}, settings.get("recipe") or {}
+    parameters = settings.get("trainable_parameters")
+    provenance = _as_text(settings.get("provenance") or "")
+    device = _as_text(settings.get("device") or "")
+    return {
+        "run_name": str(settings.get("run_name", "")),
+        "sample_data": bool(settings.get("sample_data")),
+        "date": [started.year, started.month, started.day] if started else None,
+        "classes": _names(settings.get("class_names", [])),
+        "builder": builder,
+        "backbone": next((name for name in _BACKBONES if name in builder), ""),
+        "cascade": arguments.get("cascade") is True,
+        "provenance": provenance,
+        "pretrained_on": [name for name in ("ImageNet", "COCO") if name in provenance],
+        "parameters": f"{_number(parameters, 'trainable_parameters') / 1e6:.1f} million"
+        if parameters
+        else "",
+        "model": _explained(arguments),
+        "recipe": _explained(recipe),
+        "seed": _as_text(settings.get("seed")),
+        "device": "the CPU" if device == "cpu" else device,
+        "versions": ", ".join(f"{k} {v}" for k, v in (settings.get("versions") or {}).items()),
+        "compliance": compliance(settings),
+    } | _data(settings)
+
+
+def _data(settings: Mapping[str, Any]) -> Facts:
+    """Return the numbers of images and of cells by class, as text."""
+    data = settings.get("data") or {}
+    train, val = len(settings.get("train_ids", [])), len(settings.get("val_ids", []))
+    counts = data.get("cells_per_class") or {}
+    total = sum(_number(count, name) for name, count in counts.items())
+    return {
+        "images": {
+            "total": f"{_number(data.get('images') or train + val, 'images'):,}",
+            "train": f"{train:,}",
+            "val": f"{val:,}",
+            "source": _as_text(data.get("source") or "source not stated"),
+        },
+        "channel_order": _as_text(settings.get("channel_order")),
+        "fingerprint": str(data.get("fingerprint") or "")[:12],
+        "cells_total": f"{total:,}",
+        "cells": [
+            {"name": name, "count": f"{count:,}", "share": f"{count / max(total, 1):.1%}"}
+            for name, count in counts.items()
+        ],
+    }
+
+
+def _scores(scores: Mapping[str, Any]) -> Facts:
+    """Return the rows of the tables of scores: AP, nuclei scores, AP50 by class."""
+    intervals = scores.get("intervals") or {}
+
+    def row(key: str) -> Facts:
+        interval = intervals.get(key) or {}
+        low, high = (_as_score(interval.get(end)) for end in ("low", "high"))
+        value = _as_score(interval.get("value", scores.get(key)))
+        name = SCORE_NAMES[key]
+        return {"name": name, "value": value, "interval": low and high and f"{low}–{high}"}
+
+    images, groups = (scores.get(key) for key in ("images", "groups"))
+    unit = f"{groups} groups of the {images} validation images" if groups else f"{images} images"
+    return {
+        "ap": [row(key) for key in _AP_SHOWN if key in scores],
+        "nuclei": [row(key) for key in _NUCLEI_SHOWN if key in intervals],
+        "by_class": [
+            {"name": str(name), "value": _as_score(value)}
+            for name, value in (scores.get("ap50_per_class") or {}).items()
+        ],
+        "drawn": unit if intervals else "",
+        "cut": _as_text(scores.get("nuclei_score_threshold")),
+    }
+
+
+def _confusion(confusion: Mapping[str, Any]) -> Facts:
+    """Return counts and shares of the row; the corner, which means nothing, stays blank."""
+    names, matrix = _names(confusion["class_names"]), confusion["matrix"]
+    if [len(row) for row in matrix] != [len(names) + 1] * (len(names) + 1):
+        raise ValueError(f"the matrix is not square for {len(names)} classes and background")
+    for row in matrix:
+        for count in row:
+            if _number(count, "a count of the matrix") < 0:
+                raise ValueError(f"a count of the matrix is {count}")
+    truths = sum(map(sum, matrix[:-1]))
+    right = sum(matrix[k][k] for k in range(len(names)))
+    rows = [
+        [{"count": f"{count:,}", "share": count / max(sum(row), 1)} for count in row]
+        for row in matrix
+    ]
+    rows[-1][-1] = {"count": "", "share": 0}
+    return {
+        "names": names,
+        "rows": rows,
+        "right": f"{right / truths:.0%}" if truths else "",
+        **{key: _as_text(_number(confusion[key], key)) for key in _THRESHOLDS},
+    }
+
+
+def _errors(errors: Mapping[str, Any]) -> Facts:
+    """Return the mends as rows of a table, each bar's length a share of the longest."""
+    mends = {part: errors[part] for part in ("kinds", "perfect")}
+    every = [mend for table in mends.values() for mend in table.values()]
+    longest = max([0.01, *(_number(mend["gain"] or 0, "gain") for mend in every)])
+    shown = {
+        part: [
+            {
+                "name": str(name),
+                "count": f"{_number(mend['count'], 'count'):,}",
+                "after": _as_score(mend["ap50_after"]) or "–",
+                "gain": "–" if mend["gain"] is None else f"{mend['gain']:+.3f}",
+                "share": max(mend["gain"] or 0, 0) / longest,
+            }
+            for name, mend in table.items()
+        ]
+        for part, table in mends.items()
+    }
+    worst = max(shown["kinds"], key=lambda row: row["share"])
+    known = worst["share"] > 0
+    return shown | {"ap50": _as_score(errors["ap50"]) or "–", "worst": worst if known else None}
+
+
+def _explained(settings: Mapping[str, Any]) -> Facts:
+    """Return settings with a reason as (words, value, reason), the others as (words, value)."""
+    pairs = [(key, str(key).replace("_", " "), _as_text(value)) for key, value in settings.items()]
+    return {
+        "explained": [[words, value, _REASONS[k]] for k, words, value in pairs if k in _REASONS],
+        "others": [[words, value] for k, words, value in pairs if k not in _REASONS],
+    }
+
+
+def _names(values: Any) -> list[str]:
+    """Return names of classes."""
+    if not isinstance(values, list):
+        raise TypeError(f"class_names is {values!r}")
+    return [str(value) for value in values]
+
+
+def _number(value: Any, name: str) -> float:
+    """Return a number as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def _measured(value: Any, name: str) -> float | None:
+    """Return what an epoch measured; None where it was nothing, or beyond numbers."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return _number(value, name)
+
+
+def _whole(value: Any, name: str) -> int:
+    """Return a whole number as it is."""
+    if not isinstance(_number(value, name), int):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def _parse_time(text: Any) -> datetime | None:
+    """Return an ISO time in UTC, None if it is not one."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _as_text(value: Any) -> str:
+    """Return a setting as a reader writes it: yes, 0.0004, 8, 16, 32."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_as_text, value))
+    return str(value)
+
+
+def _as_score(value: float | None) -> str | None:
+    """Return a score with three decimals, None where there is none."""
+    return None if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _as_duration(seconds: float) -> str:
+    """Return "45 s", "12 min" or "3 h 20 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
