@@ -298,12 +298,14 @@ def test_both_sides_are_measured_by_one_command(small_sides, capsys):
     assert list(results) == ["course_recipe", "ours"]
     for entry in results.values():
         assert entry["minutes"] == 0.02 and entry["threads"] == 2 and entry["date"]
-        assert entry["settings"]["train_on"] == "pieces" and entry["weights"] == "weights.pth"
+        assert entry["weights"] == "weights.pth"
         assert entry["seconds"] > 0 and entry["steps"] > 0 and entry["peak_memory_mb"] > 0
         for part in ("tiles", "pieces"):
             assert {"ap50", "ap50_100", "ap"} <= entry[part].keys()
         assert 0 <= entry["pq"] <= 1 and 0 <= entry["aji"] <= 1 and 0 <= entry["dice"] <= 1
         assert entry["intervals"].keys() == {"tiles_ap50", "pieces_ap50", "pq", "aji", "dice"}
+    learned_from = {side: entry["settings"]["train_on"] for side, entry in results.items()}
+    assert learned_from == {"course_recipe": "pieces", "ours": "tiles"}
     assert results["ours"]["ended_by"] == "time"
     printed = capsys.readouterr().out
     assert "| AP50, held tiles" in printed and "MISSED: AP50, held tiles: 0." in printed
