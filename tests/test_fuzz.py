@@ -649,7 +649,7 @@ def test_names_are_escaped_in_what_is_rendered(name, tmp_path):
 
 
 def test_no_error_is_caught_blindly():
-    """Whoever catches everything passes it on; but for what must never stop training."""
+    """Whoever catches everything passes it on; but for what must never stop training or doctor."""
     blind = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -660,4 +660,4 @@ def test_no_error_is_caught_blindly():
             passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
             if kinds & {"Exception", "BaseException"} and not passes_on:
                 blind.append(path.name)
-    assert set(blind) <= {"tracking.py", "cli.py"}
+    assert set(blind) <= {"tracking.py", "cli.py", "probes.py", "versions.py"}
