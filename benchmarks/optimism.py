@@ -37,7 +37,7 @@ from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
 from cellseg.data.similarity import group_by_similarity
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
-from cellseg.models import BUILDERS
+from cellseg.presets import pick_builder, settle_sizes
 from cellseg.training import fit, load_model, open_run
 
 SPLITS = ("random", "grouped")
@@ -70,16 +70,18 @@ def train_split(
 
     An earlier run of the same recipe in the folder goes on, or is taken as it is.
     """
+    recipe = settle_sizes(recipe, samples)  # by all: one recipe for both splits
     parts, seed = sort_settings(recipe), recipe.get("seed", 0)
     train = samples.subset(split[0], transform=TrainTransform(**parts["transform"]))
     val = samples.subset(split[1])
-    builder = BUILDERS[f"get_model_{parts['own']['backbone']}"]
-    model = builder(samples.num_classes, weights=weights, **parts["builder"])
-    run = open_run(folder, model, train, val, recipe=dict(recipe), seed=seed, name="run")
+    model = pick_builder(recipe["backbone"])(
+        samples.num_classes, weights=weights, **parts["builder"]
+    )
+    run = open_run(folder, model, train, val, recipe=recipe, seed=seed, name="run")
     # One image to validate, after the last epoch: it chooses nothing.
     loaders = make_loaders(train, val.subset(split[1][:1]), **parts["loaders"])
-    options = {"validate_every": NEVER, "probe_images": 0}
-    for _ in fit(model, *loaders, run_dir=run.path, **options, **parts["fit"]):
+    options = parts["fit"] | {"validate_every": NEVER, "probe_images": 0}
+    for _ in fit(model, *loaders, run_dir=run.path, **options):
         pass
     return run.path / "last.pt"
 
