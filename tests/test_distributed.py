@@ -203,6 +203,7 @@ def test_launching_yields_what_the_processes_find(found, folder):
 @pytest.mark.slow
 @needs_signals
 def test_interrupting_a_launch_stops_it_saved_and_it_goes_on(folder):
+    before = signal.getsignal(signal.SIGINT)
     long = ranks.SETTINGS | {"epochs": 500}
     epochs = launch_tiny(folder, "interrupted", processes=2, **long)
     first = next(epochs)
@@ -211,7 +212,7 @@ def test_interrupting_a_launch_stops_it_saved_and_it_goes_on(folder):
     with pytest.raises(TrainingInterrupted, match=r"the state is saved in .*: run again to go on"):
         for _ in epochs:
             pass
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     outcome = read_outcome(folder / "interrupted")
     assert (outcome.outcome, outcome.signal) == ("stopped", "SIGTERM")
     assert not (folder / "interrupted" / "run.lock").exists()
