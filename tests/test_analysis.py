@@ -5,6 +5,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_utils
 
 from cellseg.coco import make_record, mask_to_rle
 from cellseg.errors import RecordsError, SettingsError
@@ -281,6 +282,77 @@ def test_found_cells_are_those_of_the_score(seed):
     safe = [report.kinds[kind].gain for kind in KINDS if kind != "wrong class"]
     safe += [report.perfect[name].gain for name in ("perfect masks", "perfect suppression")]
     assert min(safe) >= -1e-12
+
+
+def plain_ap50(points, cells, missed):
+    """Return the mean AP of classes from (class, score, image, place, found), in plain loops."""
+    values = []
+    for label in sorted({cell["category_id"] for cell in cells}):
+        number = sum(c["category_id"] == label and c["id"] not in missed for c in cells)
+        ranked = sorted((-s, i, k, hit) for c, s, i, k, hit in points if c == label)
+        hits = np.cumsum([hit for *_, hit in ranked])
+        precision = [hits[k] / (k + 1) for k in range(len(hits))]
+        levels = [
+            max((p for p, h in zip(precision, hits, strict=True) if h / number >= level), default=0)
+            for level in np.linspace(0, 1, 101)
+            if number
+        ]
+        values.append(np.mean(levels) if levels else 0.0)
+    return np.mean(values)
+
+
+def plain_tide(truth, records):
+    """Return {kind: (number, AP50 without it)}: TIDE's definitions, all pairs, one at a time."""
+    cells = truth["annotations"]
+    iou = mask_utils.iou(
+        [entry["segmentation"] for entry in records],
+        [cell["segmentation"] for cell in cells],
+        [0] * len(cells),
+    )
+    kinds, nearest, taken = [None] * len(records), {}, set()
+    alike = np.array([[r["image_id"] == c["image_id"] for c in cells] for r in records])
+    same = np.array([[r["category_id"] == c["category_id"] for c in cells] for r in records])
+    own, other = iou * alike * same, iou * alike * ~same
+    by_score = sorted(range(len(records)), key=lambda k: -records[k]["score"])
+    hits = set()
+    for k in by_score:
+        free = [c for c in range(len(cells)) if c not in taken and own[k, c] >= 0.5]
+        if free:
+            taken.add(max(free, key=lambda c: (own[k, c], c)))
+            hits.add(k)
+    for k in set(range(len(records))) - hits:
+        if 0.1 <= own[k].max() < 0.5:
+            kinds[k], nearest[k] = "poor mask", int(own[k].argmax())
+        elif other[k].max() >= 0.5:
+            kinds[k], nearest[k] = "wrong class", int(other[k].argmax())
+        elif own[k].max() >= 0.5:
+            kinds[k] = "duplicate"
+        else:
+            kinds[k] = "both" if other[k].max() >= 0.1 else "background"
+    missed = {c["id"] for k, c in enumerate(cells) if k not in taken | set(nearest.values())}
+    result = {}
+    for kind in KINDS:
+        points, claimed = [], set(taken)
+        for k in by_score:
+            label, hit = records[k]["category_id"], k in hits
+            if kinds[k] == kind:
+                if nearest.get(k) is None or nearest[k] in claimed:
+                    continue
+                claimed.add(nearest[k])
+                label, hit = cells[nearest[k]]["category_id"], True
+            points.append((label, records[k]["score"], records[k]["image_id"], k, hit))
+        number = len(missed) if kind == "missed" else kinds.count(kind)
+        result[kind] = (number, plain_ap50(points, cells, missed if kind == "missed" else ()))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_are_those_of_a_plain_reference(seed):
+    truth, records = random_tissue(seed)
+    report = explain_errors(truth, records)
+    for kind, (number, after) in plain_tide(truth, records).items():
+        assert report.kinds[kind].count == number, kind
+        assert report.kinds[kind].ap50_after == pytest.approx(after, abs=1e-12), kind
 
 
 def test_perfect_masks_give_the_ap_of_true_masks():
