@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cellseg import cli
+from cellseg.cli import shared
 
 COMMANDS = ["sample", "audit", "train", "predict", "evaluate", "ensemble", "report", "run"]
 
@@ -69,4 +70,4 @@ def test_predict_wants_one_kind_of_images(tmp_path):
 
 
 def test_a_long_list_of_ids_is_not_taken_for_a_file():
-    assert cli._read_ids(",".join(["sample"] * 200)) == ["sample"] * 200
+    assert shared.read_ids(",".join(["sample"] * 200)) == ["sample"] * 200

@@ -1,0 +1,140 @@
+"""Commands that make, look at, take in and give out data."""
+
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellseg.cli.shared import (
+    DEFAULT_NAMES,
+    Ids,
+    Names,
+    TrainDir,
+    app,
+    option,
+    read_ids,
+    split_names,
+)
+from cellseg.errors import SettingsError
+
+if TYPE_CHECKING:
+    from cellseg.exports import Picture
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Folder to fill with a made release.")],
+    train_images: Annotated[int, typer.Option(help="Number of annotated images.")] = 40,
+    test_images: Annotated[int, typer.Option(help="Number of images without truth.")] = 6,
+    image_size: Annotated[int, typer.Option(help="Typical side of an image, pixels.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Make a release of drawn tissue, to try the workflow without data."""
+    from cellseg.data import make_sample_release
+
+    release = make_sample_release(
+        folder, train_images=train_images, test_images=test_images, image_size=image_size, seed=seed
+    )
+    typer.echo(f"made tissue lies in {release.root}")
+
+
+@app.command()
+def audit(
+    train_dir: TrainDir,
+    class_names: Names = DEFAULT_NAMES,
+    figure: Annotated[Path | None, typer.Option(help="Where to save the figure, .png.")] = None,
+) -> None:
+    """Say what a folder of samples holds, and what in it looks like a mistake."""
+    from cellseg.data import CellDataset
+    from cellseg.data import audit as audit_dataset
+    from cellseg.report import plot_audit, save_figure
+
+    found = audit_dataset(
+        CellDataset(train_dir, class_names=split_names(class_names)), progress=True
+    )
+    typer.echo(found.table())
+    if figure is not None:
+        typer.echo(f"figure: {save_figure(plot_audit(found), figure)}")
+
+
+@app.command("import")
+def import_data(
+    source: Annotated[
+        Path, typer.Argument(help="COCO file, or folder of label maps (or of one such a class).")
+    ],
+    images_dir: Annotated[Path, typer.Argument(help="Folder of the annotated images.")],
+    out_dir: Annotated[Path, typer.Argument(help="Release to write; a new folder.")],
+) -> None:
+    """Make a release of annotated images from elsewhere: of a COCO file, or of label maps."""
+    from cellseg.exports import import_annotations
+
+    imported = import_annotations(source, images_dir, out_dir, progress=True)
+    typer.echo(imported.summary())
+    names = shlex.quote(",".join(imported.class_names))
+    typer.echo(f"in the notebook: release_dir = {str(out_dir)!r}; in a shell:")
+    typer.echo(f"python -m cellseg train {imported.root / 'train'} --class-names {names}")
+
+
+@app.command("export")
+def export_cells(
+    source: Annotated[
+        Path, typer.Argument(help="Result file, .json; or a folder of samples, for their truth.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File (coco, csv) or folder (labels, geojson).")],
+    to: Annotated[str, typer.Option(help="coco, labels, geojson (QuPath) or csv (sizes).")],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Of a result file: release, folder of samples, or one image file."),
+    ] = None,
+    ids: Ids = None,
+    class_names: Names = DEFAULT_NAMES,
+    score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.5,
+    pixel_size: Annotated[float | None, option("csv: a pixel's side in micrometres.")] = None,
+    by_class: Annotated[bool, typer.Option(help="labels: one map a class.")] = False,
+    object_type: Annotated[
+        str, typer.Option(help="geojson: detection, or annotation (to be edited in QuPath).")
+    ] = "detection",
+) -> None:
+    """Write cells for other tools: COCO, label TIFFs, GeoJSON for QuPath, a table of sizes."""
+    from cellseg import exports
+
+    writers = {
+        "coco": exports.write_coco,
+        "labels": partial(exports.write_labels, by_class=by_class),
+        "geojson": partial(exports.write_geojson, object_type=object_type),
+        "csv": partial(exports.write_morphometry, pixel_size=pixel_size),
+    }
+    if to not in writers:
+        raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
+    names = split_names(class_names)
+    pictures, cells = _read_cells(source, images, names, read_ids(ids))
+    kept = exports.cells_by_picture(pictures, cells, score_threshold=score_threshold)
+    writers[to](output, pictures, kept, names)
+    number, empty = sum(map(len, kept)), sum(not found for found in kept)
+    images_text = f"{len(pictures)} images, {empty} of them without any"
+    typer.echo(f"{number} of {len(cells)} cells in {images_text}: {output}")
+
+
+def _read_cells(
+    source: Path, images: Path | None, names: tuple[str, ...], ids: list[str] | None
+) -> tuple[list["Picture"], list[dict[str, Any]]]:
+    """Return the images and the cells of a result file, or of a folder of samples."""
+    from cellseg.coco import read_records
+    from cellseg.data import CellDataset
+    from cellseg.evaluation import dataset_truth
+    from cellseg.exports import list_pictures, pictures_of_samples
+
+    if source.is_dir():
+        dataset = CellDataset(source, class_names=names, sample_ids=ids)
+        truth = dataset_truth(dataset, progress=True)
+        return pictures_of_samples(dataset), truth["annotations"]
+    if images is None:
+        raise SettingsError("give --images: the release, samples or image that was segmented")
+    pictures = list_pictures(images, names, sample_ids=ids)
+    sizes = {picture.image_id: picture.size for picture in pictures}
+    records = read_records(
+        source, image_ids=sizes, category_ids=range(1, len(names) + 1), image_sizes=sizes
+    )
+    return pictures, records

@@ -1,0 +1,49 @@
+"""The app, and the arguments that several commands take."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.models import OptionInfo
+
+from cellseg.files import read_text
+
+app = typer.Typer(
+    help="Segment cells with Mask R-CNN, from annotated images to a checked result file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Names = Annotated[
+    str, typer.Option("--class-names", help="Names of class1, class2, ..., with commas between.")
+]
+DEFAULT_NAMES = "epithelial,lymphocyte,neutrophil,macrophage"
+Ids = Annotated[
+    str | None,
+    typer.Option(help="Sample ids (folder names) with commas between, or a file of one a line."),
+]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+TrainDir = Annotated[
+    Path, typer.Argument(help="Folder of samples: one folder each, with image and class maps.")
+]
+
+
+def option(text: str) -> OptionInfo:
+    """Return an option with this text beside it."""
+    return typer.Option(help=text, show_default=False)
+
+
+def split_names(names: str) -> tuple[str, ...]:
+    """Return names that stand with commas between."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def read_ids(ids: str | None) -> list[str] | None:
+    """Return ids given with commas between, or one a line in a file."""
+    if ids is None:
+        return None
+    # A long list is no name of a file: the system refuses to look for it, which isfile forgives.
+    text = read_text(ids) if os.path.isfile(ids) else ids.replace(",", "\n")
+    return [line.strip() for line in text.splitlines() if line.strip()]

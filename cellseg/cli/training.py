@@ -1,0 +1,246 @@
+"""Commands that train."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellseg.cli.shared import (
+    DEFAULT_NAMES,
+    Device,
+    Ids,
+    Names,
+    TrainDir,
+    app,
+    option,
+    read_ids,
+    split_names,
+)
+from cellseg.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cellseg.data import CellDataset
+    from cellseg.training.distributed import Ranks
+
+
+@app.command()
+def train(
+    train_dir: TrainDir,
+    preset: Annotated[
+        str, typer.Option(help="quick, laptop or gpu; auto takes gpu where there is one.")
+    ] = "auto",
+    backbone: Annotated[str | None, option("Which get_model_* builds the model.")] = None,
+    weights: Annotated[str | None, option("DEFAULT, COCO, IMAGENET, a file, or none.")] = None,
+    image_scale: Annotated[
+        str | None, option("Network pixels a pixel; auto: by the cells.")
+    ] = None,
+    network_size: Annotated[int | None, option("Side of a crop, network pixels.")] = None,
+    crop_size: Annotated[int | None, option("The same in image pixels, instead.")] = None,
+    crowded: Annotated[float | None, option("Share of crops laid about a cell, 0-1.")] = None,
+    stain: Annotated[float | None, option("Change of the stains, 0-1.")] = None,
+    color: Annotated[float | None, option("Change of brightness and colour, 0-1.")] = None,
+    batch_size: Annotated[int | None, option("Crops a step.")] = None,
+    sampler: Annotated[str | None, option("shuffle, area or log_balanced.")] = None,
+    draws_per_image: Annotated[int | None, option("Crops of an image in an epoch.")] = None,
+    norm: Annotated[str | None, option("Norms that learn: auto, frozen, heads, trained.")] = None,
+    trainable_stages: Annotated[int | None, option("Backbone's stages that learn, 0-5.")] = None,
+    fpn_channels: Annotated[int | None, option("Width of FPN, RPN and mask head.")] = None,
+    head_width: Annotated[int | None, option("Units of the box head.")] = None,
+    rois_per_image: Annotated[int | None, option("RoIs that the losses see.")] = None,
+    mask_rois: Annotated[int | None, option("Of these, cells that the mask loss sees.")] = None,
+    proposals: Annotated[int | None, option("Boxes that the RPN hands on.")] = None,
+    learning_rate: Annotated[float | None, option("At its peak.")] = None,
+    ema_decay: Annotated[float | None, option("Of the weights' average, 0-1.")] = None,
+    epochs: Annotated[int | None, option("Passes over the training images.")] = None,
+    minutes: Annotated[float | None, option("Of training, after which the run ends.")] = None,
+    validate_every: Annotated[int | None, option("Validate every so many epochs.")] = None,
+    precision: Annotated[str | None, option("auto, float32, bfloat16 or float16.")] = None,
+    val_ids: Ids = None,
+    val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
+    folds: Annotated[int, option("Instead: so many models, each image held out by one.")] = 0,
+    train_on_all: Annotated[bool, typer.Option(help="After folds: train on every image.")] = False,
+    class_names: Names = DEFAULT_NAMES,
+    runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    on_change: Annotated[
+        str, typer.Option(help="If that run has other settings: refuse or continue.")
+    ] = "refuse",
+    save_minutes: Annotated[float, typer.Option(help="Save within an epoch, too, so often.")] = 10,
+    keep_checkpoints: Annotated[int, typer.Option(help="Epochs' states to keep besides.")] = 0,
+    tracker: Annotated[str, typer.Option(help="none or tensorboard.")] = "none",
+    workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
+    cache: Annotated[bool, typer.Option(help="Decode each sample once, beside the runs.")] = True,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a model; run again to go on. What is not given is the preset's, see the README.
+
+    On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
+
+    With --folds similar images are held out together, each fold is a run in the run's folder, and
+    the records of all images, each by the model that did not see it, are in its oof.json.
+
+    Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
+    after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
+    """
+    from cellseg import presets
+    from cellseg.data import CellDataset, TrainTransform, make_loaders
+    from cellseg.training import fit, join_ranks, open_run
+
+    model_settings = {
+        "backbone": backbone, "weights": weights, "image_scale": image_scale,
+        "norm": norm, "trainable_stages": trainable_stages, "fpn_channels": fpn_channels,
+        "head_width": head_width, "rois_per_image": rois_per_image, "mask_rois": mask_rois,
+        "proposals": proposals,
+    }  # fmt: skip
+    crop_settings = {
+        "network_size": network_size, "crop_size": crop_size, "crowded": crowded, "stain": stain,
+        "color": color, "batch_size": batch_size, "sampler": sampler,
+        "draws_per_image": draws_per_image,
+    }  # fmt: skip
+    schedule = {
+        "epochs": epochs, "time_budget": None if minutes is None else minutes * 60,
+        "learning_rate": learning_rate, "ema_decay": ema_decay, "validate_every": validate_every,
+        "precision": precision,
+    }  # fmt: skip
+    given = _without_none(model_settings | crop_settings | schedule)
+    if folds and val_ids:
+        raise SettingsError("--folds holds out every image; leave out --val-ids")
+    if train_on_all and not folds:
+        raise SettingsError("--train-on-all comes after --folds; say how many")
+    with join_ranks(device) as ranks:
+        dataset = CellDataset(
+            train_dir,
+            class_names=split_names(class_names),
+            seed=seed,
+            cache_dir=runs_dir / "cache" if cache else None,
+        )
+        train_ids, held_ids = ranks.from_first(
+            partial(_divide, dataset, read_ids(val_ids), val_fraction, seed)
+        )
+        train_data, val_data = dataset.subset(train_ids), dataset.subset(held_ids)
+        chosen = presets.pick_preset(device) if preset == "auto" else preset
+        recipe = presets.override(presets.preset(chosen), given)
+        sized = dataset if folds else train_data
+        recipe = ranks.from_first(partial(presets.settle_sizes, recipe, sized))
+        parts = presets.sort_settings(recipe)
+        train_data.transform = TrainTransform(**parts["transform"])
+        build = partial(
+            presets.pick_builder(recipe["backbone"]),
+            dataset.num_classes,
+            weights=None if recipe["weights"] == "none" else recipe["weights"],
+            seed=seed,
+            **parts["builder"],
+        )
+        options = {
+            "device": device, "seed": seed, "save_every": save_minutes * 60,
+            "keep_checkpoints": keep_checkpoints, "tracker": tracker, "ranks": ranks,
+        }  # fmt: skip
+        if folds:
+            if ranks.first:
+                typer.echo(f"preset {chosen}: {recipe}")
+            with told_if_stopped(ranks.first):
+                _train_folds(
+                    build, dataset, parts, folds, runs_dir, name,
+                    train_on_all=train_on_all, on_change=on_change, workers=workers, **options,
+                )  # fmt: skip
+            return
+        model = build()
+        open_it = partial(
+            open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
+            recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
+        )  # fmt: skip
+        run = ranks.from_first(open_it)
+        if ranks.first:
+            typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
+            typer.echo(f"preset {chosen}: {recipe}")
+        train_loader, val_loader = make_loaders(
+            train_data, val_data, workers=workers, seed=seed, **parts["loaders"]
+        )
+        with told_if_stopped(ranks.first):
+            for epoch in fit(
+                model, train_loader, val_loader, run_dir=run.path, **options, **parts["fit"]
+            ):
+                if ranks.first:
+                    typer.echo(epoch.line())
+        if ranks.first:
+            typer.echo(f"run folder: {run.path}")
+
+
+@app.command("train-launched", hidden=True)
+def train_launched(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that a notebook launched.")],
+) -> None:
+    """Do one process's part of a training that a notebook has launched."""
+    from cellseg.training import TrainingInterrupted
+    from cellseg.training.launch import train_launched
+
+    try:
+        train_launched(run_dir)
+    except TrainingInterrupted as interrupted:
+        raise typer.Exit(128 + interrupted.signum) from None
+
+
+@contextmanager
+def told_if_stopped(tells: bool) -> Iterator[None]:
+    """Exit with 128 + the signal's number if training in the block is asked to stop."""
+    from cellseg.training import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as interrupted:
+        if tells:
+            typer.echo(str(interrupted), err=True)
+        raise typer.Exit(128 + interrupted.signum) from None
+
+
+def _train_folds(
+    build: Callable[[], "nn.Module"],
+    dataset: "CellDataset",
+    parts: dict[str, dict[str, Any]],
+    folds: int,
+    runs_dir: Path,
+    name: str | None,
+    *,
+    seed: int,
+    ranks: "Ranks",
+    **options: Any,
+) -> None:
+    """Train a model a fold, and say where the records of all images are."""
+    from cellseg.data import group_by_similarity
+    from cellseg.training.folds import folds_name, plan_folds, read_folds, train_folds
+
+    def plan() -> tuple[Path, list[tuple[list[str], list[str]]]]:
+        run_dir = runs_dir / (name or folds_name(build(), dataset, parts, folds, seed))
+        groups = partial(group_by_similarity, progress=True)
+        return run_dir, plan_folds(dataset, run_dir, groups, folds=folds, seed=seed)
+
+    run_dir, planned = ranks.from_first(plan)
+    for fold, epoch in train_folds(
+        build, dataset, planned, parts, run_dir=run_dir, seed=seed, ranks=ranks, **options
+    ):
+        if ranks.first:
+            typer.echo(f"{fold}, {epoch.line()}")
+    if ranks.first:
+        scores = read_folds(run_dir)["oof"]
+        typer.echo(f"run folder: {run_dir}; out of fold: AP50 {scores['ap50']}")
+
+
+def _divide(
+    dataset: "CellDataset", val_ids: list[str] | None, val_fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """Return the ids of the samples to train on and of those held out."""
+    from cellseg.data import split_ids
+
+    counts = {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
+    return split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=val_ids)
+
+
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given."""
+    return {name: value for name, value in settings.items() if value is not None}
