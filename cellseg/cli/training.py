@@ -89,8 +89,8 @@ def train(
     after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
     """
     from cellseg import presets
-    from cellseg.data import CellDataset, TrainTransform, make_loaders
-    from cellseg.training import fit, join_ranks, open_run
+    from cellseg.data import CellDataset, TrainTransform
+    from cellseg.training import join_ranks
 
     model_settings = {
         "backbone": backbone, "weights": weights, "image_scale": image_scale,
@@ -141,35 +141,19 @@ def train(
             "device": device, "seed": seed, "save_every": save_minutes * 60,
             "keep_checkpoints": keep_checkpoints, "tracker": tracker, "ranks": ranks,
         }  # fmt: skip
-        if folds:
-            if ranks.first:
-                typer.echo(f"preset {chosen}: {recipe}")
-            with told_if_stopped(ranks.first):
+        if ranks.first:
+            typer.echo(f"preset {chosen}: {recipe}")
+        with told_if_stopped(ranks.first):
+            if folds:
                 _train_folds(
                     build, dataset, parts, folds, runs_dir, name,
                     train_on_all=train_on_all, on_change=on_change, workers=workers, **options,
                 )  # fmt: skip
-            return
-        model = build()
-        open_it = partial(
-            open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
-            recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
-        )  # fmt: skip
-        run = ranks.from_first(open_it)
-        if ranks.first:
-            typer.echo(f"{run.state}; channel order: {dataset.channel_order}; {model.provenance}")
-            typer.echo(f"preset {chosen}: {recipe}")
-        train_loader, val_loader = make_loaders(
-            train_data, val_data, workers=workers, seed=seed, **parts["loaders"]
-        )
-        with told_if_stopped(ranks.first):
-            for epoch in fit(
-                model, train_loader, val_loader, run_dir=run.path, **options, **parts["fit"]
-            ):
-                if ranks.first:
-                    typer.echo(epoch.line())
-        if ranks.first:
-            typer.echo(f"run folder: {run.path}")
+            else:
+                _train_once(
+                    build, train_data, val_data, parts, runs_dir, name,
+                    on_change=on_change, workers=workers, **options,
+                )  # fmt: skip
 
 
 @app.command("train-launched", hidden=True)
@@ -197,6 +181,42 @@ def told_if_stopped(tells: bool) -> Iterator[None]:
         if tells:
             typer.echo(str(interrupted), err=True)
         raise typer.Exit(128 + interrupted.signum) from None
+
+
+def _train_once(
+    build: Callable[[], "nn.Module"],
+    train_data: "CellDataset",
+    val_data: "CellDataset",
+    parts: dict[str, dict[str, Any]],
+    runs_dir: Path,
+    name: str | None,
+    *,
+    on_change: str,
+    workers: int,
+    seed: int,
+    ranks: "Ranks",
+    **options: Any,
+) -> None:
+    """Train a model on one side of a split, and say where it lies."""
+    from cellseg.data import make_loaders
+    from cellseg.training import fit, open_run
+
+    model = build()
+    open_it = partial(
+        open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
+        recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
+    )  # fmt: skip
+    run = ranks.from_first(open_it)
+    if ranks.first:
+        typer.echo(f"{run.state}; channel order: {train_data.channel_order}; {model.provenance}")
+    loaders = make_loaders(train_data, val_data, workers=workers, seed=seed, **parts["loaders"])
+    for epoch in fit(
+        model, *loaders, run_dir=run.path, seed=seed, ranks=ranks, **options, **parts["fit"]
+    ):
+        if ranks.first:
+            typer.echo(epoch.line())
+    if ranks.first:
+        typer.echo(f"run folder: {run.path}")
 
 
 def _train_folds(
