@@ -659,5 +659,8 @@ def test_no_error_is_caught_blindly():
             kinds = {name.id for name in names if isinstance(name, ast.Name)}
             passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
             if kinds & {"Exception", "BaseException"} and not passes_on:
-                blind.append(path.name)
-    assert set(blind) <= {"tracking.py", "__init__.py", "probes.py", "versions.py"}
+                blind.append(path.relative_to(PACKAGE).as_posix())
+    allowed = {
+        "cli/__init__.py", "doctor/probes.py", "doctor/versions.py", "training/tracking.py",
+    }  # fmt: skip
+    assert set(blind) <= allowed
