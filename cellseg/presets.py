@@ -34,6 +34,7 @@ TABLE: tuple[tuple[str, Any, Any, Any, str], ...] = (
     ("rois_per_image", 128, 128, 512, "RoIs that the losses see; a quarter get masks"),
     ("mask_rois", 16, 16, None, "of these, cells that the mask loss sees: a CPU's largest cost"),
     ("train_proposals", 500, 500, 1000, "boxes that the RPN hands on in training"),
+    ("proposals", 500, 4000, 4000, "and at test: whole tiles have 2,000 cells, small images 50"),
     ("learning_rate", 1e-3, 1e-3, 2e-4, "AdamW; random and narrow heads bear more"),
     ("epochs", 24, None, 60, "peers' gains level off after 50"),
     ("time_budget", 360, 2700, None, "seconds, after which the schedule has come to its end"),
