@@ -14,10 +14,21 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from cellseg import coco
 from cellseg.data import make_sample_release, read_test_index
 from cellseg.notebook import execute_notebook
+from cellseg.report import build_report
 from cellseg.training import load_model, read_history
 
 pytestmark = pytest.mark.slow
 NOTEBOOK = Path(__file__).resolve().parents[1] / "Training.ipynb"
+FIGURES = (
+    "learning_curves",
+    "confusion_matrix",
+    "overlay_1",
+    # What the report looks for, by these names.
+    "precision_recall",
+    "errors_mended",
+    "calibration",
+    "gallery",
+)
 
 
 def markdown_of(notebook: Path) -> str:
@@ -48,9 +59,14 @@ def check_results(run_dir: Path, predictions_dir: Path, output_dir: Path, index_
     assert [epoch.epoch for epoch in history] == [1]
     assert all(np.isfinite([history[0].train_loss, history[0].val_loss]))
     assert load_model(run_dir / "best.pt").class_names[0] == "epithelial"
-    for name in ("learning_curves.png", "confusion_matrix.png", "overlay_1.png"):
-        assert (run_dir / "figures" / name).stat().st_size > 10_000
+    for name in FIGURES:
+        assert (run_dir / "figures" / f"{name}.png").stat().st_size > 10_000
+    scores = json.loads((run_dir / "scores.json").read_text())
+    assert scores["intervals"]["ap50"]["value"] == pytest.approx(scores["ap50"])
+    errors = json.loads((run_dir / "errors.json").read_text())
+    assert errors["ap50"] == pytest.approx(scores["ap50"])
     assert (run_dir / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert (run_dir / "words.md").exists() and (run_dir / "experiments.toml").exists()
 
     sizes = {row.image_id: (row.height, row.width) for row in read_test_index(index_path)}
     rules = {"image_ids": sizes, "category_ids": range(1, 5), "image_sizes": sizes}
@@ -61,6 +77,8 @@ def check_results(run_dir: Path, predictions_dir: Path, output_dir: Path, index_
     with zipfile.ZipFile(output_dir / "test-results.zip") as file:
         assert file.namelist() == ["test-results.json"]
         assert json.loads(file.read("test-results.json")) == merged
+    manifest = json.loads((output_dir / "test-results.manifest.json").read_text())
+    assert [member["file"] for member in manifest["members"]] == [f"{run_dir.name}.json"]
 
 
 def test_without_a_release_made_tissue_stands_in_and_is_marked(tmp_path):
@@ -76,22 +94,28 @@ def test_without_a_release_made_tissue_stands_in_and_is_marked(tmp_path):
     assert executed.parent.parent == root
     index = root / "hw3-data-release" / "test_image_name_to_ids.json"
     check_results(executed.parent, root / "predictions", root, index)
-    assert markdown_of(executed).count("drawn tissue") >= 4
+    shown = markdown_of(executed)
+    assert shown.count("drawn tissue") >= 4
+    assert "in common with their nearest training image" in shown
+    assert "holds exactly test-results.json" in shown and "for want of the test index" not in shown
     assert json.loads((executed.parent / "settings.json").read_text())["sample_data"] is True
 
     # In a new kernel: evaluation, test and report from the checkpoint alone, ...
-    before = (executed.parent / "validation.json").read_bytes()
-    (executed.parent / "validation.json").unlink()
+    made = [executed.parent / name for name in ("validation.json", "figures/gallery.png")]
+    before = [path.read_bytes() for path in made]
+    for path in made:
+        path.unlink()
     late = ("Evaluation on validation", "Test predictions", "Report", "Ensemble")
     part = keep_sections(tmp_path, "Settings", "Setup", "Data", "Split and loaders", *late)
     execute_notebook(part, parameters=parameters | {"run_dir": str(executed.parent)})
-    assert (executed.parent / "validation.json").read_bytes() == before
+    assert [path.read_bytes() for path in made] == before
     # ... and the ensemble from dropped files, without any data.
     part = keep_sections(tmp_path, "Settings", "Setup", "Ensemble")
     places = {"predictions_dir": str(root / "predictions"), "output_dir": str(tmp_path / "out")}
     execute_notebook(part, tmp_path / "part.ipynb", parameters=places)
     merged = (tmp_path / "out" / "test-results.json").read_bytes()
     assert merged == (root / "test-results.json").read_bytes()
+    assert "for want of the test index" in markdown_of(tmp_path / "part.ipynb")
 
     # A lab's folder without test images is no error.
     part = keep_sections(tmp_path, "Settings", "Setup", "Data", "Test predictions", "Ensemble")
@@ -117,6 +141,8 @@ def test_with_a_release_it_is_the_users_own_run(tmp_path):
         "predictions_dir": str(tmp_path / "predictions"),
         "output_dir": str(tmp_path / "out"),
         "workers": 0,
+        "groups": "alike",
+        "tissue_in_report": False,
         "preset": "gpu",
         "overrides": {
             "epochs": 1,
@@ -130,6 +156,11 @@ def test_with_a_release_it_is_the_users_own_run(tmp_path):
     assert executed.parent.name.startswith("resnet50v2-")
     check_results(executed.parent, tmp_path / "predictions", tmp_path / "out", release.index_path)
     assert "drawn tissue" not in markdown_of(executed)
+    scores = json.loads((executed.parent / "scores.json").read_text())
+    assert scores["groups"] == scores["images"]  # five images are too few for a group of two
+    report = (executed.parent / "report.pdf").read_bytes()
+    again = build_report(executed.parent, output=tmp_path / "again.pdf", tissue=False)
+    assert again.path.read_bytes() == report
     settings = json.loads((executed.parent / "settings.json").read_text())
     assert settings["sample_data"] is False
     assert "re-made: roi_heads.box_predictor" in settings["provenance"]
