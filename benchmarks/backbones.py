@@ -23,7 +23,7 @@ from cellseg.models import BUILDERS, count_trainable_parameters
 SIDE = 512  # px of the image, at a scale of 1
 CELLS = 118  # 450 a megapixel, as in dense tissue
 NETWORK = {
-    "weights": None, "norm": "frozen", "rois_per_image": 128, "proposals": 1000,
+    "weights": None, "norm": "frozen", "rois_per_image": 128,
     "detections_per_image": CELLS, "score_threshold": 0.0, "nms_threshold": 1.0,
 }  # fmt: skip
 HEADER = (

@@ -49,7 +49,7 @@ def training_cost(side: int, cells: int, fixed_rois: bool, runs: int) -> Cost:
             of positive RoIs does not depend on the number of cells.
         runs: how often the step is timed.
     """
-    model = get_model_mobilenetv2(5, **NETWORK, proposals=PROPOSALS)
+    model = get_model_mobilenetv2(5, **NETWORK, train_proposals=PROPOSALS)
     _pass_over(model, *_training_image(64, 4))  # what happens once is not counted
     image, target = _training_image(side, cells)
     if fixed_rois:
@@ -70,7 +70,6 @@ def prediction_cost(side: int, detections: int, runs: int) -> Cost:
     model = get_model_mobilenetv2(
         5,
         **NETWORK,
-        proposals=PROPOSALS,
         detections_per_image=detections,
         score_threshold=0.0,
         nms_threshold=1.0,

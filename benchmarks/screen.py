@@ -16,7 +16,11 @@ the time budget.
 
     python -m benchmarks.screen NAME --of EARLIER [--set nms_threshold=0.6 ...]
 
-trains nothing: it predicts anew with the weights of an earlier screen, for levers of prediction.
+trains nothing: it predicts anew with the weights of an earlier screen, for levers of prediction;
+
+    python -m benchmarks.screen NAME --fuse EARLIER EARLIER ...
+
+merges the records of earlier screens as `ensemble_files` does, all by its defaults.
 With `--against EARLIER` the line holds the paired differences from an earlier screen, too.
 """
 
@@ -38,6 +42,7 @@ import torch
 from torch import nn
 
 from benchmarks.held_tissue import (
+    PARTS,
     data_folder,
     predict_examined,
     score_examined,
@@ -45,6 +50,8 @@ from benchmarks.held_tissue import (
     weights_file,
 )
 from benchmarks.our_recipe import LAPTOP, our_predictor, sort_settings, train_ours
+from cellseg.coco import write_records
+from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, SettingsError
 from cellseg.models import build_from_spec
 from cellseg.training import load_model, read_checkpoint
@@ -143,6 +150,16 @@ def predicted_figures(
     return {"prediction_seconds": seconds, **score_examined(data, folder)}
 
 
+def fuse_screens(folders: Sequence[Path], folder: Path, data: Path) -> dict[str, Any]:
+    """Merge the records of earlier screens into a folder; return the figures."""
+    start = time.process_time()
+    for part in PARTS:
+        merged = ensemble_files([earlier / f"{part}.json" for earlier in folders])
+        write_records(folder / f"{part}.json", merged.records)
+    seconds = time.process_time() - start
+    return {"fusion_seconds": seconds, **score_examined(data, folder)}
+
+
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line of JSON to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of processor time a thread")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--of", help="predict with the weights of this earlier screen")
+    parser.add_argument("--fuse", nargs="+", default=[], help="merge the records of these screens")
     parser.add_argument("--against", help="say the differences from this earlier screen")
     parser.add_argument("--keep", type=Path, default=KEEP, help="folder of screens and their list")
     parser.add_argument("--weights", type=Path, help="file of ImageNet weights")
@@ -177,17 +195,19 @@ def run_screen(options: argparse.Namespace) -> dict[str, Any]:
     data, overrides = data_folder(), read_overrides(options.set)
     screens = options.keep / "screens"
     folder = screens / options.name
-    for earlier in filter(None, (options.of, options.against)):
+    for earlier in filter(None, (options.of, options.against, *options.fuse)):
         if not (screens / earlier).is_dir():
             raise SettingsError(f"there is no screen {earlier!r} in {screens}; make it first")
     line = {
         "name": options.name,
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "of": options.of,
+        "of": options.fuse or options.of,
         "overrides": overrides,
         "threads": options.threads,
     }
-    if options.of:
+    if options.fuse:
+        line |= fuse_screens([screens / earlier for earlier in options.fuse], folder, data)
+    elif options.of:
         line |= screen_prediction(
             overrides, data, screens / options.of, folder, threads=options.threads
         )

@@ -18,10 +18,10 @@ from benchmarks.made import cells_on_grid, jittered_boxes, predicted_masks
 from benchmarks.stage import Stage
 from cellseg.coco import Rle, rle_to_mask
 from cellseg.inference import masks_to_rles
-from cellseg.models.heads import CellRPN
 from cellseg.models.mask_targets import sample_mask_targets
 from cellseg.models.matching import AnchorGrid
 from cellseg.models.options import ANCHOR_SIZES, ASPECT_RATIOS
+from cellseg.models.rpn import CellRPN
 
 MASK_SIDE = 28
 THRESHOLD = 0.5

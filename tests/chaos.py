@@ -140,7 +140,7 @@ def stop_by_signals(bench: Bench) -> str:
 def _command_line(data: Path, runs: Path) -> subprocess.Popen:
     options = {
         "backbone": "mobilenetv2", "weights": "none", "fpn-channels": 16, "head-width": 32,
-        "rois-per-image": 32, "proposals": 16, "epochs": 500, "crop-size": 40, "workers": 2,
+        "rois-per-image": 32, "train-proposals": 16, "epochs": 500, "crop-size": 40, "workers": 2,
         "device": "cpu", "class-names": "dark,light", "val-ids": "v", "runs-dir": runs,
         "name": "r", "batch-size": 1, "validate-every": 500, "save-minutes": 0,
     }  # fmt: skip

@@ -55,7 +55,7 @@ def loaders(folder: Path, batch_size: int = 2, workers: int = 0) -> tuple[DataLo
 
 def quick_model(**options: Any) -> nn.Module:
     """Return a model with trained norms of which a step takes a few hundredths of a second."""
-    return tiny_model(rpn_samples=64, rois_per_image=32, proposals=16, **options)
+    return tiny_model(rpn_samples=64, rois_per_image=32, train_proposals=16, **options)
 
 
 def finding_model() -> nn.Module:

@@ -41,7 +41,7 @@ def make_data(train_dir: Path) -> CellDataset:
 
 def quick_model(**options: Any) -> torch.nn.Module:
     """Return a model of which a step takes a few hundredths of a second."""
-    return tiny_model(rpn_samples=64, rois_per_image=32, proposals=16, **options)
+    return tiny_model(rpn_samples=64, rois_per_image=32, train_proposals=16, **options)
 
 
 def train(

@@ -29,7 +29,7 @@ TILES = {  # name of the tile: folder of the whole tile
 }
 TINY = {
     "image_scale": 1.0, "crop_size": 32, "batch_size": 2, "workers": 0, "fpn_channels": 16,
-    "head_width": 32, "rois_per_image": 16, "proposals": 16, "detections_per_image": 20,
+    "head_width": 32, "rois_per_image": 16, "train_proposals": 16, "detections_per_image": 20,
 }  # fmt: skip
 
 

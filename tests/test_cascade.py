@@ -93,7 +93,7 @@ def test_losses_have_the_shares_of_their_stages():
 
 def test_stages_learn_from_what_the_one_before_hands_on(monkeypatch):
     """Each stage's samples are boxes that the one before has moved, and the true ones."""
-    model = tiny_model(cascade=True, proposals=30, rois_per_image=200).train()
+    model = tiny_model(cascade=True, train_proposals=30, rois_per_image=200).train()
     answer(model, probabilities=[[1 / 3] * 3] * 3, offsets=[[1.0, 0, 0, 0]] * 3)
     handed, drawn = [], []
     for stage in stages_of(model):

@@ -244,7 +244,7 @@ def test_launch_names_what_it_cannot_hand_over(folder):
 @pytest.mark.parametrize("squares", [[], [(1, 4, 6, 30, 28)]], ids=["empty", "a cell"])
 def test_every_weight_takes_part_in_every_step(builder, squares):
     """DDP waits for the gradient of each trained weight: without one the others would hang."""
-    narrow = {"fpn_channels": 16, "head_width": 16, "proposals": 20, "rois_per_image": 16}
+    narrow = {"fpn_channels": 16, "head_width": 16, "train_proposals": 20, "rois_per_image": 16}
     model = builder(3, weights=None, norm="frozen", **narrow).train()
     losses = model([make_image(40, 48, squares)], [make_target(40, 48, squares)])
     sum(losses.values()).backward()

@@ -30,7 +30,7 @@ PARTS = {
 
 
 def build():
-    return tiny_model(rpn_samples=64, rois_per_image=32, proposals=16)
+    return tiny_model(rpn_samples=64, rois_per_image=32, train_proposals=16)
 
 
 def by_pairs(dataset):

@@ -135,14 +135,15 @@ def test_hundreds_of_cells_match_as_in_torchvision(seed):
     assert torch.equal(match_anchors(boxes, ANCHORS, GRIDS), dense_matches(boxes, ANCHORS))
 
 
-def test_rpn_losses_are_those_of_torchvision():
+def test_rpn_gives_losses_and_proposals_of_torchvision():
     """The network's own grids: the same anchors learn the same cells within the model."""
-    model = tiny_model().train()
+    model = tiny_model(train_proposals=50, proposals=10_000).train()
     rpn = model.rpn
+    most = {"training": 50, "testing": 91}  # of the first image, a hundredth of its pixels
     plain = RegionProposalNetwork(
-        AnchorGenerator(SIZES, ((0.5, 1.0, 2.0),) * 5), rpn.head, 0.7, 0.3, 256, 0.5,
-        rpn._pre_nms_top_n, rpn._post_nms_top_n, 0.7,
-    )  # fmt: skip
+        AnchorGenerator(SIZES, ((0.5, 1.0, 2.0),) * 5), rpn.head, 0.7, 0.3, 256, 0.5, most, most,
+        0.7,
+    ).train()  # fmt: skip
     targets = [
         make_target(70, 130, [(1, 5, 6, 20, 30), (2, 90, 40, 91, 41), (1, 20, 6, 40, 26)]),
         make_target(100, 60, [(1, 0, 0, 50, 90)]),
@@ -150,10 +151,14 @@ def test_rpn_losses_are_those_of_torchvision():
     images, targets = model.transform([torch.rand(3, 70, 130), torch.rand(3, 100, 60)], targets)
     with torch.no_grad():
         features = model.backbone(images.tensors)
-        losses = []
+        losses, proposals = [], []
         for network in (rpn, plain):
             torch.manual_seed(1)
-            losses.append(network(images, features, targets)[1])
+            boxes, loss = network(images, features, targets)
+            losses.append(loss)
+            proposals.append([*boxes, network.eval()(images, features)[0][0]])
+    assert [len(boxes) for boxes in proposals[0]] == [50, 50, 91]
+    assert all(torch.equal(own, its) for own, its in zip(*proposals, strict=True))
     assert losses[0].keys() == losses[1].keys()
     for name, value in losses[0].items():
         assert value.item() == losses[1][name].item() > 0

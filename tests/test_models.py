@@ -20,7 +20,7 @@ from cellseg.models import (
     get_model_convnext_tiny,
     heads,
 )
-from cellseg.models.heads import PyramidRoIAlign
+from cellseg.models.roi_align import PyramidRoIAlign
 from cellseg.training.validation import forked_seed
 
 HEIGHT, WIDTH = 48, 80
@@ -65,19 +65,22 @@ def test_every_builder_has_small_anchors_on_fine_levels(name):
 def test_dense_tissue_fits_the_defaults():
     options = DetectorOptions()
     assert options.detections_per_image >= 1000
-    assert options.proposals >= options.detections_per_image
+    tile_of_consep = 1000 * 1000 * 4 / 1e6  # network megapixels at scale 2, 2,283 nuclei
+    assert options.proposals * tile_of_consep >= 4 * 2283
     assert options.score_threshold <= 0.05
 
 
 def test_options_reach_the_parts():
     model = tiny_model(
-        6, anchor_sizes=(6, 12, 24, 48, 96), rpn_samples=32, rois_per_image=64, proposals=70,
-        detections_per_image=7, score_threshold=0.01, nms_threshold=0.3,
+        6, anchor_sizes=(6, 12, 24, 48, 96), rpn_samples=32, rois_per_image=64, train_proposals=7,
+        proposals=7000, detections_per_image=7, score_threshold=0.01, nms_threshold=0.3,
     )  # fmt: skip
     squares = [cells[1, 2] * 2 for cells in model.rpn.anchor_generator.cell_anchors]
     assert [int(side) for side in squares] == [6, 12, 24, 48, 96]
     assert model.rpn.fg_bg_sampler.batch_size_per_image == 32
-    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (70, 70)
+    assert model.train().rpn.most_proposals((64, 96)) == 7
+    assert model.eval().rpn.most_proposals((64, 96)) == 44  # 7000 x 64 x 96 / 10^6, rounded up
+    assert model.rpn.most_proposals((20, 20)) == 7
     parts = model.roi_heads
     assert parts.fg_bg_sampler.batch_size_per_image == 64
     assert (parts.detections_per_img, parts.score_thresh, parts.nms_thresh) == (7, 0.01, 0.3)
@@ -94,6 +97,20 @@ def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
     assert model.roi_heads.box_head.fc6.in_features == 16 * 5 * 5
     convolutions = [m for m in model.roi_heads.mask_head.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 2
+
+
+def test_one_mask_for_whatever_class_is_an_option():
+    model = tiny_model(4, class_masks=False, score_threshold=0.0).train()
+    assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 1
+    squares = [(1, 4, 5, 24, 25), (3, 30, 8, 60, 40)]
+    losses_of(model, make_image(HEIGHT, WIDTH, squares), make_target(HEIGHT, WIDTH, squares))[
+        "loss_mask"
+    ].backward()
+    assert model.roi_heads.mask_predictor.mask_fcn_logits.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        found = model.eval()([make_image(HEIGHT, WIDTH, squares)])[0]
+    assert set(found["labels"].tolist()) == {1, 2, 3}
+    assert found["masks"].shape[1:] == (1, 28, 28)
 
 
 def test_the_mask_loss_sees_at_most_so_many_cells(monkeypatch):
@@ -118,7 +135,7 @@ def test_the_mask_loss_sees_at_most_so_many_cells(monkeypatch):
 
 
 def test_more_than_a_hundred_cells_can_be_found():
-    model = tiny_model(proposals=200, score_threshold=0.0, nms_threshold=1.0).eval()
+    model = tiny_model(train_proposals=200, score_threshold=0.0, nms_threshold=1.0).eval()
     with torch.inference_mode():
         found = model([make_image(64, 96)])[0]
         model.roi_heads.detections_per_img = 7
@@ -128,6 +145,19 @@ def test_more_than_a_hundred_cells_can_be_found():
     assert set(found["labels"].tolist()) == {1, 2}
     assert found["masks"].shape[1:] == (1, 28, 28)
     assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+
+
+def test_many_boxes_are_looked_at_in_parts(monkeypatch):
+    model = tiny_model(score_threshold=0.0, detections_per_image=2000).eval()
+    images = [make_image(64, 96, [(1, 8, 8, 30, 30)]), make_image(80, 50, [(2, 9, 30, 30, 50)])]
+    with torch.inference_mode():
+        whole = model(images)
+        monkeypatch.setattr("cellseg.models.heads.BOXES_AT_ONCE", 7)
+        parts = model(images)
+    for one, other in zip(whole, parts, strict=True):
+        assert len(one["boxes"]) == len(other["boxes"]) > 14
+        assert torch.allclose(one["boxes"], other["boxes"], atol=1e-3)
+        assert torch.allclose(one["scores"], other["scores"], atol=1e-5)
 
 
 def record_shapes(model):

@@ -215,7 +215,7 @@ def test_changes_are_refused_or_written_down(reason, change, name, old, new, dat
 
 
 NETWORKS = [
-    ("another network", {"model": tiny_model(proposals=9)}, "arguments.proposals"),
+    ("another network", {"model": tiny_model(train_proposals=9)}, "arguments.train_proposals"),
     ("another number of classes", {"model": tiny_model(4)}, "arguments.num_classes"),
 ]
 

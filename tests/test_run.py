@@ -94,7 +94,7 @@ def test_the_run_is_found_with_data_and_weights_in_another_place(dataset, tmp_pa
 
 
 OTHERS = [
-    ("another network", {"model": tiny_model(proposals=9)}, "arguments.proposals 50 -> 9"),
+    ("another network", {"model": tiny_model(rpn_samples=9)}, "arguments.rpn_samples 256 -> 9"),
     ("another length", {"recipe": RECIPE | {"epochs": 9}}, "recipe.epochs 3 -> 9"),
     ("one more setting", {"recipe": RECIPE | {"crop": 96}}, "recipe.crop None -> 96"),
     ("another seed", {"seed": 1}, "seed 0 -> 1"),

@@ -39,7 +39,7 @@ def loaders(dataset, *, workers=0, batch_size=2, train_ids="abcd"):
 
 
 def quick_model(**options):
-    return tiny_model(rpn_samples=64, rois_per_image=32, proposals=16, **options)
+    return tiny_model(rpn_samples=64, rois_per_image=32, train_proposals=16, **options)
 
 
 def run(dataset, run_dir, *, model=None, workers=0, batch_size=2, train_ids="abcd", **settings):

@@ -21,7 +21,7 @@ Square = tuple[int, int, int, int, int]  # label, x1, y1, x2, y2
 
 def tiny_model(num_classes: int = 3, **options: Any) -> torch.nn.Module:
     """Return a narrow Mask R-CNN with MobileNetV2."""
-    narrow = {"weights": None, "fpn_channels": 16, "head_width": 32, "proposals": 50}
+    narrow = {"weights": None, "fpn_channels": 16, "head_width": 32, "train_proposals": 50}
     return get_model_mobilenetv2(num_classes, **narrow | options)
 
 

@@ -53,7 +53,8 @@ def train(
     head_width: Annotated[int | None, option("Units of the box head.")] = None,
     rois_per_image: Annotated[int | None, option("RoIs that the losses see.")] = None,
     mask_rois: Annotated[int | None, option("Of these, cells that the mask loss sees.")] = None,
-    proposals: Annotated[int | None, option("Boxes that the RPN hands on.")] = None,
+    train_proposals: Annotated[int | None, option("Boxes that the RPN hands on of a crop.")] = None,
+    proposals: Annotated[int | None, option("The same at test, a megapixel.")] = None,
     learning_rate: Annotated[float | None, option("At its peak.")] = None,
     ema_decay: Annotated[float | None, option("Of the weights' average, 0-1.")] = None,
     epochs: Annotated[int | None, option("Passes over the training images.")] = None,
@@ -96,7 +97,7 @@ def train(
         "backbone": backbone, "weights": weights, "image_scale": image_scale,
         "norm": norm, "trainable_stages": trainable_stages, "fpn_channels": fpn_channels,
         "head_width": head_width, "rois_per_image": rois_per_image, "mask_rois": mask_rois,
-        "proposals": proposals,
+        "train_proposals": train_proposals, "proposals": proposals,
     }  # fmt: skip
     crop_settings = {
         "network_size": network_size, "crop_size": crop_size, "crowded": crowded, "stain": stain,

@@ -147,7 +147,7 @@ def train_step(device: "torch.device", precision: "torch.dtype") -> float:  # no
     from cellseg.training import to_device
     from cellseg.training.precision import autocast
 
-    small = {"fpn_channels": 16, "head_width": 32, "proposals": 50, "rois_per_image": 16}
+    small = {"fpn_channels": 16, "head_width": 32, "train_proposals": 50, "rois_per_image": 16}
     model = get_model_mobilenetv2(3, weights=None, seed=0, **small).to(device).train()
     instance_map = torch.zeros((1, 64, 96), dtype=torch.int32)
     instance_map[0, 8:28, 10:34], instance_map[0, 30:58, 50:80] = 1, 2

@@ -18,15 +18,10 @@ from cellseg.models.cascade import (
     CascadeRoIHeads,
     OneBoxPredictor,
 )
-from cellseg.models.heads import (
-    CellRoIHeads,
-    CellRPN,
-    Float32Anchors,
-    Float32BoxPredictor,
-    Float32RPNHead,
-    PyramidRoIAlign,
-)
+from cellseg.models.heads import CellRoIHeads, Float32BoxPredictor
 from cellseg.models.options import ASPECT_RATIOS, DetectorOptions
+from cellseg.models.roi_align import PyramidRoIAlign
+from cellseg.models.rpn import CellRPN, Float32Anchors, Float32RPNHead
 from cellseg.models.transform import CellTransform
 
 # Of the backbone and of the heads, by `DetectorOptions.norm`.
@@ -79,8 +74,6 @@ def _rpn(options: DetectorOptions, *, deep: bool) -> CellRPN:
     head = Float32RPNHead(
         options.fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2 if deep else 1
     )
-    in_training = min(options.train_proposals, options.proposals)
-    kept = {"training": in_training, "testing": options.proposals}
     return CellRPN(
         anchors,
         head,
@@ -88,9 +81,9 @@ def _rpn(options: DetectorOptions, *, deep: bool) -> CellRPN:
         bg_iou_thresh=0.3,
         batch_size_per_image=options.rpn_samples,
         positive_fraction=0.5,
-        pre_nms_top_n=kept,
-        post_nms_top_n=kept,
         nms_thresh=0.7,
+        train_proposals=options.train_proposals,
+        proposals=options.proposals,
     )
 
 
@@ -153,7 +146,9 @@ def _mask_parts(
         "mask_head": MaskRCNNHeads(
             channels, [channels] * options.mask_layers, 1, norm_layer=norm_layer
         ),
-        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+        "mask_predictor": MaskRCNNPredictor(
+            channels, channels, num_classes if options.class_masks else 1
+        ),
         "mask_rois": options.mask_rois,
         "mask_quality": options.mask_quality,
     }

@@ -40,10 +40,13 @@ class DetectorOptions:
         box_roi_size: bins a side of the features that the box head sees of an RoI.
         mask_roi_size: the same for the mask head; its mask has twice as many pixels a side.
         mask_layers: convolutions of the mask head.
-        train_proposals: boxes that the RPN hands on in training, out of which RoIs are drawn;
-            `proposals` if that is less.
-        proposals: boxes that the RPN hands on in evaluation, of each level and in all. A cell
-            without one is lost: more than an image has cells, several times.
+        class_masks: the mask head draws a mask for each class, of which the box head's class is
+            taken; if False one for whatever class, which learns from every cell.
+        train_proposals: boxes that the RPN hands on in training, of each level and in all, out of
+            which RoIs are drawn.
+        proposals: the same in evaluation for each network megapixel (10^6 pixels) of an image, no
+            fewer than `train_proposals` in all. A cell without one is lost: several times what an
+            image has of cells.
         detections_per_image: detections kept in an image; a square of 1000 px has up to 2,300.
         cascade: three box heads in a row, trained at IoU 0.5, 0.6 and 0.7 (see `cascade`), in
             place of one.
@@ -66,6 +69,7 @@ class DetectorOptions:
     box_roi_size: int = 7
     mask_roi_size: int = 14
     mask_layers: int = 4
+    class_masks: bool = True
     train_proposals: int = 1000
     proposals: int = 4000
     detections_per_image: int = 2500

@@ -33,7 +33,7 @@ _NUCLEI_SHOWN = ("pq", "aji", "dice", "f_d")
 _REASONS = {row[0]: row[-1] for row in TABLE} | {
     "anchor_sizes": "network pixels; the usual 32 to 512 are larger than most nuclei",
     "detections_per_image": "an image holds hundreds of cells; COCO's usual 100 would lose them",
-    "proposals": "a cell without a proposal is lost, so several times the cells of an image",
+    "proposals": "for each megapixel of an image; a cell without a proposal is lost",
     "score_threshold": "low: AP gains from unsure cells, and sorting does the rest",
     "norm": "which batch norms learn; batches are small, so loaded statistics stay",
     "ema_decay": "averaged weights are steadier than the last ones",
