@@ -7,6 +7,7 @@ import torch
 from tiny_models import make_image, make_target, tiny_model
 from torch import nn
 from torchvision import models as zoo
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import initLevelMapper
 
@@ -145,6 +146,31 @@ def test_more_than_a_hundred_cells_can_be_found():
     assert set(found["labels"].tolist()) == {1, 2}
     assert found["masks"].shape[1:] == (1, 28, 28)
     assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+
+
+def test_detections_are_those_of_torchvision():
+    parts = tiny_model(4, score_threshold=0.2, detections_per_image=60).roi_heads.eval()
+    torch.manual_seed(0)
+    corners, shapes = 90 * torch.rand(300, 2), [(100, 90), (60, 100)]
+    proposals = torch.cat([corners, corners + 2 + 20 * torch.rand(300, 2)], dim=1).split([180, 120])
+    predicted = torch.randn(300, 4), torch.randn(300, 16), list(proposals), shapes
+    found = parts.postprocess_detections(*predicted)
+    expected = RoIHeads.postprocess_detections(parts, *predicted)
+    assert [len(boxes) for boxes in found[0]] == [60, 60]
+    for own, its in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(own, its, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((500, 1000), 10), ((1000, 1000), 10), ((2000, 1200), 24)]
+)
+def test_a_larger_image_keeps_as_many_a_megapixel(shape, kept):
+    parts = tiny_model(2, score_threshold=0.0, detections_per_image=10).roi_heads.eval()
+    corner = torch.stack(torch.meshgrid(torch.arange(10.0), torch.arange(10.0), indexing="ij"))
+    corner = 50 * corner.flatten(1).T
+    boxes = torch.cat([corner, corner + 40], dim=1)
+    found = parts.postprocess_detections(torch.zeros(100, 2), torch.zeros(100, 8), [boxes], [shape])
+    assert [len(column[0]) for column in found] == [kept] * 3
 
 
 def test_many_boxes_are_looked_at_in_parts(monkeypatch):

@@ -5,6 +5,7 @@ RoI-sized probabilities, made in chunks, and what feeds a box or a loss is float
 rest can run in lower precision.
 """
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from cellseg.models.mask_targets import sample_mask_targets
 
@@ -195,6 +197,44 @@ class CellRoIHeads(RoIHeads):
             found = {"boxes": boxes, "labels": labels, "scores": scores, "masks": torch.cat(masks)}
             results.append(weigh_by_masks(found, self.mask_quality) if self.mask_quality else found)
         return results
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], ...]:
+        """Return boxes xyxy [N, 4], scores [N] and labels [N] of each image, best first.
+
+        As torchvision's, but for the number that is kept: `detections_per_img` for each network
+        megapixel, no fewer in all, so that a large image loses no cell that a tile of it finds.
+
+        Args:
+            class_logits: [K, C] of all images' boxes.
+            box_regression: offsets [K, 4 C].
+            proposals: xyxy [K, 4] of each image, which the offsets move.
+            image_shapes: (height, width) of each image in network pixels.
+        """
+        counts = [len(boxes) for boxes in proposals]
+        boxes = self.box_coder.decode(box_regression, proposals).split(counts)
+        scores = class_logits.softmax(dim=-1).split(counts)
+        found = map(self._best_detections, boxes, scores, image_shapes)
+        return tuple(map(list, zip(*found, strict=True)))
+
+    def _best_detections(
+        self, boxes: Tensor, scores: Tensor, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes, scores and labels of an image; of [K, C, 4] boxes and [K, C] scores."""
+        row, label = (scores[:, 1:] > self.score_thresh).nonzero(as_tuple=True)
+        label = label + 1  # the background has none
+        boxes, scores = clip_boxes_to_image(boxes[row, label], shape), scores[row, label]
+        large = remove_small_boxes(boxes, min_size=1e-2)
+        boxes, scores, label = boxes[large], scores[large], label[large]
+        megapixels = shape[0] * shape[1] / 1e6
+        most = math.ceil(self.detections_per_img * max(1, megapixels))
+        kept = batched_nms(boxes, scores, label, self.nms_thresh)[:most]
+        return boxes[kept], scores[kept], label[kept]
 
     def _mask_probabilities(
         self, features: dict[str, Tensor], boxes: Tensor, labels: Tensor, shape: tuple[int, int]

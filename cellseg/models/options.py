@@ -47,7 +47,8 @@ class DetectorOptions:
         proposals: the same in evaluation for each network megapixel (10^6 pixels) of an image, no
             fewer than `train_proposals` in all. A cell without one is lost: several times what an
             image has of cells.
-        detections_per_image: detections kept in an image; a square of 1000 px has up to 2,300.
+        detections_per_image: detections kept in an image, and for each network megapixel of a
+            larger one; a square of 1000 px has up to 2,300 cells.
         cascade: three box heads in a row, trained at IoU 0.5, 0.6 and 0.7 (see `cascade`), in
             place of one.
         mask_quality: scores are multiplied by this power of the mean probability of their mask's
