@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from data_files import plain_image, write_sample
 from typer.testing import CliRunner
 
-from cellseg import cli
+from cellseg import cli, data
 from cellseg.cli import shared
 
 COMMANDS = ["sample", "audit", "train", "predict", "evaluate", "ensemble", "report", "run"]
@@ -35,13 +37,13 @@ def test_our_errors_are_one_line_and_exit_code_1():
 
 @pytest.mark.slow
 def test_the_whole_way_from_sample_to_submission(tmp_path):
-    data, runs = tmp_path / "data", tmp_path / "runs"
+    made, runs = tmp_path / "data", tmp_path / "runs"
     assert "made tissue" in run(
-        "sample", data, "--train-images", 5, "--test-images", 2, "--image-size", 96
+        "sample", made, "--train-images", 5, "--test-images", 2, "--image-size", 96
     ).output  # fmt: skip
-    assert "epithelial" in run("audit", data / "train", "--figure", tmp_path / "audit.png").output
+    assert "epithelial" in run("audit", made / "train", "--figure", tmp_path / "audit.png").output
     trained = run(
-        "train", data / "train", "--backbone", "mobilenetv2", "--weights", "none",
+        "train", made / "train", "--backbone", "mobilenetv2", "--weights", "none",
         "--fpn-channels", 32, "--epochs", 1, "--crop-size", 64, "--runs-dir", runs,
         "--name", "tiny", "--workers", 0, "--device", "cpu",
     )  # fmt: skip
@@ -50,13 +52,13 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
 
     checkpoint, held = runs / "tiny" / "best.pt", tmp_path / "held.json"
     ids = ",".join(json.loads((runs / "tiny" / "settings.json").read_text())["val_ids"])
-    predicted = run("predict", checkpoint, held, "--train-dir", data / "train", "--ids", ids)
+    predicted = run("predict", checkpoint, held, "--train-dir", made / "train", "--ids", ids)
     assert predicted.exit_code == 0, predicted.output
-    scores = json.loads(run("evaluate", held, data / "train", "--ids", ids).stdout)
+    scores = json.loads(run("evaluate", held, made / "train", "--ids", ids).stdout)
     assert set(scores["ap50_per_class"]) == {"epithelial", "lymphocyte", "neutrophil", "macrophage"}
 
     members = tmp_path / "predictions"
-    predicted = run("predict", checkpoint, members / "tiny.json", "--release", data)
+    predicted = run("predict", checkpoint, members / "tiny.json", "--release", made)
     assert predicted.exit_code == 0, predicted.output
     merged = run("ensemble", members, "--output-dir", tmp_path)
     assert merged.exit_code == 0, merged.output
@@ -67,6 +69,31 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
 def test_predict_wants_one_kind_of_images(tmp_path):
     result = run("predict", "best.pt", tmp_path / "x.json")
     assert "either --release" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "told", "names", "reason"),
+    [
+        (None, None, data.CLASS_NAMES, "the course's four"),
+        (None, '["spindle", "round"]', ("spindle", "round"), "what the release tells"),
+        ("a, b", '["spindle", "round"]', ("a", "b"), "what is given"),
+    ],
+)
+def test_names_of_classes_are_those_given_or_told(given, told, names, reason, tmp_path):
+    if told:
+        (tmp_path / "class_names.json").write_text(told)
+    assert shared.pick_names(given, tmp_path / "train") == names, reason
+
+
+def test_commands_take_the_names_that_the_release_tells(tmp_path):
+    ids = np.zeros((8, 9))
+    ids[2:5, 2:6] = 1
+    write_sample(tmp_path / "train" / "a", plain_image(8, 9), {2: ids})
+    (tmp_path / "class_names.json").write_text('["spindle", "round"]')
+    (tmp_path / "records.json").write_text("[]")
+    assert "| 2 | round | 1 |" in run("audit", tmp_path / "train").output
+    scores = json.loads(run("evaluate", tmp_path / "records.json", tmp_path / "train").stdout)
+    assert list(scores["ap50_per_class"]) == ["spindle", "round"]
 
 
 def test_a_long_list_of_ids_is_not_taken_for_a_file():

@@ -724,14 +724,16 @@ def test_the_command_line_takes_in_and_gives_out(tmp_path):
     path, images = write_set(tmp_path, [annotation([RECTANGLE]), annotation([RECTANGLE], 7)])
     taken = run("import", path, images, tmp_path / "out")
     assert taken.exit_code == 0, taken.output
-    assert "--class-names spindle,round" in taken.output
-    train, names = tmp_path / "out" / "train", ("--class-names", "spindle,round")
+    train = tmp_path / "out" / "train"
+    assert f"python -m cellseg train {train}" in taken.output
 
-    truth = run("export", train, tmp_path / "truth.json", "--to", "coco", *names)
+    truth = run("export", train, tmp_path / "truth.json", "--to", "coco")
     assert "2 of 2 cells in 1 images, 0 of them without any" in truth.output
+    categories = json.loads((tmp_path / "truth.json").read_text())["categories"]
+    assert [category["name"] for category in categories] == ["spindle", "round"]
     records = records_of((1, 0.9, mask_of((2, 1, 6, 4))), (2, 0.3, mask_of((0, 0, 1, 1))))
     write_records(tmp_path / "r.json", records)
-    about = ("--images", train, *names)
+    about = ("--images", train)
     for to, out in (("labels", "l"), ("geojson", "g"), ("csv", "t.csv"), ("coco", "c.json")):
         given = run("export", tmp_path / "r.json", tmp_path / out, "--to", to, *about)
         assert "1 of 2 cells" in given.output, given.output

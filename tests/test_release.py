@@ -15,6 +15,7 @@ from cellseg.data.release import (
     TestImage,
     download_release,
     extract_archive,
+    find_class_names,
     find_release,
     read_test_index,
 )
@@ -348,6 +349,18 @@ def test_faulty_index_is_refused(tmp_path, rows, fault):
     (tmp_path / "index.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(DataError, match=fault):
         read_test_index(tmp_path / "index.json")
+
+
+def test_names_of_classes_are_told_by_the_release_and_beside_its_parts(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    assert find_class_names(tmp_path / "train") is None
+    (tmp_path / "class_names.json").write_text('["spindle", "round"]')
+    for place in (tmp_path, tmp_path / "train", tmp_path / "result.json", str(tmp_path)):
+        assert find_class_names(place) == ("spindle", "round")
+    assert find_class_names(tmp_path / "train" / "a") is None
+    (tmp_path / "class_names.json").write_text('{"1": "spindle"}')
+    with pytest.raises(DataError, match=r"class_names\.json is no list of class names; correct it"):
+        find_class_names(tmp_path / "train")
 
 
 def test_is_archive_goes_by_content(tmp_path):

@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from cellseg.cli.shared import (
-    DEFAULT_NAMES,
     Device,
     Ids,
     Names,
     app,
+    pick_names,
     read_ids,
-    split_names,
 )
 
 submission = typer.Typer(no_args_is_help=True)
@@ -46,7 +45,7 @@ def score_submission(
     file: HandIn,
     truth: Annotated[Path, typer.Option(help="Folder of samples, as predict --train-dir takes.")],
     ids: Ids = None,
-    class_names: Names = DEFAULT_NAMES,
+    class_names: Names = None,
 ) -> None:
     """Score a hand-in against samples with truth: uncapped, and at 100 an image and class.
 
@@ -55,7 +54,7 @@ def score_submission(
     from cellseg.data import CellDataset
     from cellseg.submission import score_submission
 
-    names = split_names(class_names)
+    names = pick_names(class_names, truth)
     dataset = CellDataset(truth, class_names=names, sample_ids=read_ids(ids))
     typer.echo(score_submission(file, dataset).table())
 

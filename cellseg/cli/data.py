@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellseg.cli.shared import (
-    DEFAULT_NAMES,
     Ids,
     Names,
     TrainDir,
     app,
     option,
+    pick_names,
     read_ids,
-    split_names,
 )
 from cellseg.errors import SettingsError
 
@@ -43,7 +42,7 @@ def sample(
 @app.command()
 def audit(
     train_dir: TrainDir,
-    class_names: Names = DEFAULT_NAMES,
+    class_names: Names = None,
     figure: Annotated[Path | None, typer.Option(help="Where to save the figure, .png.")] = None,
 ) -> None:
     """Say what a folder of samples holds, and what in it looks like a mistake."""
@@ -52,7 +51,7 @@ def audit(
     from cellseg.report import plot_audit, save_figure
 
     found = audit_dataset(
-        CellDataset(train_dir, class_names=split_names(class_names)), progress=True
+        CellDataset(train_dir, class_names=pick_names(class_names, train_dir)), progress=True
     )
     typer.echo(found.table())
     if figure is not None:
@@ -72,9 +71,8 @@ def import_data(
 
     imported = import_annotations(source, images_dir, out_dir, progress=True)
     typer.echo(imported.summary())
-    names = shlex.quote(",".join(imported.class_names))
     typer.echo(f"in the notebook: release_dir = {str(out_dir)!r}; in a shell:")
-    typer.echo(f"python -m cellseg train {imported.root / 'train'} --class-names {names}")
+    typer.echo(f"python -m cellseg train {shlex.quote(str(imported.root / 'train'))}")
 
 
 @app.command("export")
@@ -89,7 +87,7 @@ def export_cells(
         typer.Option(help="Of a result file: release, folder of samples, or one image file."),
     ] = None,
     ids: Ids = None,
-    class_names: Names = DEFAULT_NAMES,
+    class_names: Names = None,
     score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.5,
     pixel_size: Annotated[float | None, option("csv: a pixel's side in micrometres.")] = None,
     by_class: Annotated[bool, typer.Option(help="labels: one map a class.")] = False,
@@ -108,7 +106,7 @@ def export_cells(
     }
     if to not in writers:
         raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
-    names = split_names(class_names)
+    names = pick_names(class_names, images or source)
     pictures, cells = _read_cells(source, images, names, read_ids(ids))
     kept = exports.cells_by_picture(pictures, cells, score_threshold=score_threshold)
     writers[to](output, pictures, kept, names)

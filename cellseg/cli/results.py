@@ -7,15 +7,14 @@ from typing import Annotated
 import typer
 
 from cellseg.cli.shared import (
-    DEFAULT_NAMES,
     Device,
     Ids,
     Names,
     TrainDir,
     app,
     option,
+    pick_names,
     read_ids,
-    split_names,
 )
 from cellseg.errors import SettingsError
 
@@ -86,7 +85,7 @@ def evaluate(
     records_file: Annotated[Path, typer.Argument(help="Result file of samples with truth.")],
     train_dir: TrainDir,
     ids: Ids = None,
-    class_names: Names = DEFAULT_NAMES,
+    class_names: Names = None,
 ) -> None:
     """Score a result file against the truth: AP, uncapped and at 100 detections."""
     from dataclasses import asdict
@@ -95,7 +94,7 @@ def evaluate(
     from cellseg.data import CellDataset
     from cellseg.evaluation import dataset_truth, score_records
 
-    names = split_names(class_names)
+    names = pick_names(class_names, train_dir)
     dataset = CellDataset(train_dir, class_names=names, sample_ids=read_ids(ids))
     records = read_records(records_file, category_ids=range(1, len(names) + 1))
     scores = score_records(dataset_truth(dataset, progress=True), records)

@@ -17,9 +17,14 @@ app = typer.Typer(
 )
 
 Names = Annotated[
-    str, typer.Option("--class-names", help="Names of class1, class2, ..., with commas between.")
+    str | None,
+    typer.Option(
+        "--class-names",
+        help="Names of class1, class2, ..., with commas between; default: those that "
+        "class_names.json in the release tells, else the course's four.",
+        show_default=False,
+    ),
 ]
-DEFAULT_NAMES = "epithelial,lymphocyte,neutrophil,macrophage"
 Ids = Annotated[
     str | None,
     typer.Option(help="Sample ids (folder names) with commas between, or a file of one a line."),
@@ -35,8 +40,17 @@ def option(text: str) -> OptionInfo:
     return typer.Option(help=text, show_default=False)
 
 
-def split_names(names: str) -> tuple[str, ...]:
-    """Return names that stand with commas between."""
+def pick_names(names: str | None, data: Path) -> tuple[str, ...]:
+    """Return the names of the classes: as given, else as the data's release tells, else the four.
+
+    Args:
+        names: with commas between, or None.
+        data: the release, or a folder or file directly in it.
+    """
+    from cellseg.data import CLASS_NAMES, find_class_names
+
+    if names is None:
+        return find_class_names(data) or CLASS_NAMES
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 

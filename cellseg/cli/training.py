@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellseg.cli.shared import (
-    DEFAULT_NAMES,
     Device,
     Ids,
     Names,
     TrainDir,
     app,
     option,
+    pick_names,
     read_ids,
-    split_names,
 )
 from cellseg.errors import SettingsError
 
@@ -65,7 +64,7 @@ def train(
     val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
     folds: Annotated[int, option("Instead: so many models, each image held out by one.")] = 0,
     train_on_all: Annotated[bool, typer.Option(help="After folds: train on every image.")] = False,
-    class_names: Names = DEFAULT_NAMES,
+    class_names: Names = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     on_change: Annotated[
@@ -117,7 +116,7 @@ def train(
     with join_ranks(device) as ranks:
         dataset = CellDataset(
             train_dir,
-            class_names=split_names(class_names),
+            class_names=pick_names(class_names, train_dir),
             seed=seed,
             cache_dir=runs_dir / "cache" if cache else None,
         )

@@ -18,6 +18,7 @@ from cellseg.data.release import (
     TestImage,
     download_release,
     extract_archive,
+    find_class_names,
     find_release,
     read_test_index,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "detect_channel_order",
     "download_release",
     "extract_archive",
+    "find_class_names",
     "find_release",
     "find_sample_files",
     "group_by_similarity",

@@ -150,6 +150,24 @@ def _release_at(folder: Path) -> Release:
     )
 
 
+def find_class_names(path: str | Path) -> tuple[str, ...] | None:
+    """Return the names of the classes that a release tells, looked for in a folder and above it.
+
+    Args:
+        path: the release, or a folder or file directly in it.
+
+    Returns:
+        names of class1, class2, ..., or None where no `class_names.json` tells them.
+
+    Raises:
+        DataError: if that file is no list of names.
+    """
+    path = Path(path).resolve()
+    files = (folder / CLASSES_NAME for folder in (path, path.parent))
+    found = next((file for file in files if file.is_file()), None)
+    return None if found is None else _read_class_names(found)
+
+
 def _read_class_names(path: Path) -> tuple[str, ...]:
     """Return the names that a release tells of its classes."""
     names = read_json(path)
