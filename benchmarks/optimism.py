@@ -32,12 +32,12 @@ from benchmarks.held_tissue import (
     weights_file,
 )
 from benchmarks.our_recipe import NEVER, our_predictor, sort_settings
-from benchmarks.screen import KEEP, processor_clock, read_overrides, screened_recipe
+from benchmarks.screen import KEEP, processor_clock, screened_recipe
 from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
 from cellseg.data.similarity import group_by_similarity
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
-from cellseg.presets import pick_builder, settle_sizes
+from cellseg.presets import pick_builder, read_overrides, settle_sizes
 from cellseg.training import fit, load_model, open_run
 
 SPLITS = ("random", "grouped")

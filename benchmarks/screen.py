@@ -54,6 +54,7 @@ from cellseg.coco import write_records
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, SettingsError
 from cellseg.models import build_from_spec
+from cellseg.presets import read_overrides
 from cellseg.training import load_model, read_checkpoint
 
 fit_module = importlib.import_module("cellseg.training.fit")  # `cellseg.training.fit` is `fit`
@@ -69,28 +70,14 @@ def processor_clock(threads: int) -> Iterator[None]:
         yield
 
 
-def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """Return settings given as key=value, values as JSON or else as words.
+def screened_recipe(overrides: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """Return the recipe with overrides, its budget in minutes unless epochs are among them.
 
     Raises:
-        SettingsError: if one has no value, or nothing takes it.
+        SettingsError: if nothing takes an override.
     """
-    overrides = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {text}: write it as key=value")
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = value
-    sort_settings(overrides)
-    return overrides
-
-
-def screened_recipe(overrides: dict[str, Any], minutes: float) -> dict[str, Any]:
-    """Return the recipe with overrides, its budget in minutes unless epochs are among them."""
     budget = {"time_budget": None if overrides.get("epochs") else minutes * 60}
+    sort_settings(overrides)
     return LAPTOP | {"workers": 0} | budget | overrides
 
 

@@ -1,7 +1,8 @@
 """Recipes for three machines: every setting that differs between them in one table, with why."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -47,6 +48,7 @@ PREDICTION = (
     "mix_whole",
 )  # fmt: skip
 """Settings that `predict_images` hands on."""
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
 def preset(name: str) -> Recipe:
@@ -86,6 +88,26 @@ def presets_table() -> str:
         shown = " | ".join("-" if value is None else f"{value}" for value in values)
         lines.append(f"| `{name}` | {shown} | {reason} |")
     return "\n".join(lines) + "\n"
+
+
+def read_overrides(texts: Iterable[str]) -> Recipe:
+    """Return settings written as key=value, such as `cascade=true` or `scale_range=[0.8,1.25]`.
+
+    A value is read as JSON, else as Python's True, False or None, else taken as a word.
+
+    Raises:
+        SettingsError: if one has no value.
+    """
+    overrides = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {text}: write it as key=value")
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = _PYTHON_WORDS.get(value, value)
+    return overrides
 
 
 def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:

@@ -105,18 +105,11 @@ def test_settings_are_those_of_a_preset_and_what_to_train_on():
         sort_settings({"crop": 96})
 
 
-def test_settings_are_read_as_json_or_words():
-    texts = ["image_scale=1.5", "norm=trained", "scale_range=[0.7, 1.4]", "flip=false"]
-    assert screen.read_overrides(texts) == {
-        "image_scale": 1.5, "norm": "trained", "scale_range": [0.7, 1.4], "flip": False
-    }  # fmt: skip
-    with pytest.raises(SettingsError, match="--set flip: write it as key=value"):
-        screen.read_overrides(["flip"])
-
-
 def test_a_screen_has_minutes_or_epochs():
     assert screen.screened_recipe({}, 2)["time_budget"] == 120
     assert screen.screened_recipe({"epochs": 3}, 2)["time_budget"] is None
+    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; there are "):
+        screen.screened_recipe({"crop": 3}, 2)
 
 
 def test_the_processor_clock_does_not_run_while_the_process_waits():

@@ -85,6 +85,19 @@ def test_what_nothing_takes_is_refused():
         presets.pick_builder("vgg")
 
 
+def test_settings_are_read_as_json_or_words():
+    texts = [
+        "image_scale=1.5", "norm=trained", "scale_range=[0.7, 1.4]", "cascade=true",
+        "mask_quality=True", "mask_rois=null", "weights=None", "views=a=b",
+    ]  # fmt: skip
+    assert presets.read_overrides(texts) == {
+        "image_scale": 1.5, "norm": "trained", "scale_range": [0.7, 1.4], "cascade": True,
+        "mask_quality": True, "mask_rois": None, "weights": None, "views": "a=b",
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match="--set flip: write it as key=value"):
+        presets.read_overrides(["flip"])
+
+
 def test_sizes_are_settled_from_the_cells(tmp_path):
     ids = np.zeros((40, 50))
     ids[10:24, 10:24] = 1  # 196 px: a disc of 15.8 px
