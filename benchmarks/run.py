@@ -29,11 +29,11 @@ from benchmarks.stage import Result, Stage, find_misses, measure_times
 from benchmarks.whole_steps import prediction_step, training_step
 from cellseg.files import read_json, write_atomically
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for module in (stages_data, stages_files, stages_model, stages_records)
-    for stage in module.STAGES
-}
+EVERY_STAGE = (
+    *stages_data.STAGES, *stages_files.STAGES, *stages_model.STAGES, *stages_records.STAGES
+)  # fmt: skip
+STAGES: dict[str, Stage] = {stage.name: stage for stage in EVERY_STAGE}
+assert len(STAGES) == len(EVERY_STAGE), "two rows have the same name"
 STEPS: dict[str, Callable[..., list[Section]]] = {
     function.__name__: function for function in (training_step, prediction_step, growth, end_to_end)
 }

@@ -2,7 +2,7 @@
 
 The reference reads as tutorials do, with one full-frame comparison a cell, and augments a stack
 of masks through torchvision's transforms. The rows `read_raw_codec` and `read_lzw_codec` hold
-reading against the codec alone, `cache_copy` holds the cache against copying its arrays.
+reading against the codec alone.
 """
 
 import tempfile
@@ -19,8 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from benchmarks.made import write_sample
 from benchmarks.stage import Stage
-from cellseg.data.cache import SampleCache
-from cellseg.data.reading import find_sample_files, read_sample
+from cellseg.data.reading import read_sample
 from cellseg.data.tissue import make_tissue
 from cellseg.data.transforms import TrainTransform
 
@@ -30,7 +29,6 @@ MIN_VISIBLE = 0.25
 
 Folder = tempfile.TemporaryDirectory
 Read = tuple[np.ndarray, np.ndarray, np.ndarray, Any]
-Cached = tuple[Folder, Folder, SampleCache]
 
 
 def make_sample(compression: str | None) -> Folder:
@@ -75,34 +73,6 @@ def read_codec(folder: Folder) -> list[np.ndarray]:
     """Return all files of the sample as the codec gives them, the image first."""
     paths = [Path(folder.name, "image.tif"), *sorted(Path(folder.name).glob("class*.tif"))]
     return [tifffile.imread(path) for path in paths]
-
-
-def make_cached() -> Cached:
-    """Return a sample, the folder of its cache, and the cache, filled and checked."""
-    sample, folder = make_sample("lzw"), tempfile.TemporaryDirectory()
-    cache = SampleCache(folder.name)
-    for _ in range(2):
-        cache.read(find_sample_files(sample.name))
-    return sample, folder, cache
-
-
-def read_cached(data: Cached) -> Read:
-    """Return image, boxes, labels and instance map from the cache, in memory of their own."""
-    sample, _, cache = data
-    planes, cells = cache.read(find_sample_files(sample.name))
-    return planes.copy().transpose(1, 2, 0), cells.boxes, cells.labels, cells.instance_map.copy()
-
-
-def make_copied() -> tuple[Cached, np.ndarray, np.ndarray]:
-    """Return the same, and the planes of the image and the instance map, in memory."""
-    cached = make_cached()
-    image, _, _, instance_map = read_cached(cached)
-    return cached, image.transpose(2, 0, 1), instance_map
-
-
-def copy_arrays(data: tuple[Cached, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return copies of image, [H, W, 3], and instance map."""
-    return data[1].copy().transpose(1, 2, 0), data[2].copy()
 
 
 def same_sample(reference: Read, ours: Read) -> bool:
@@ -168,22 +138,5 @@ STAGES = (
     Stage("read_lzw", 40, lambda: make_sample("lzw"), read_by_comparisons, read_ours, same_sample),
     Stage("read_raw_codec", 0.5, lambda: make_sample(None), read_codec, read_ours, same_image),
     Stage("read_lzw_codec", 0.5, lambda: make_sample("lzw"), read_codec, read_ours, same_image),
-    Stage(
-        "cache",
-        100,
-        make_cached,
-        lambda data: read_by_comparisons(data[0]),
-        read_cached,
-        same_sample,
-    ),
-    Stage(
-        "cache_copy",
-        0.5,
-        make_copied,
-        copy_arrays,
-        lambda data: read_cached(data[0]),
-        lambda copies, ours: all(map(np.array_equal, copies, (ours[0], ours[3]))),
-        runs=9,
-    ),
     Stage("augment", 20, make_augmented, augment_stack, augment_ours, same_instances),
 )

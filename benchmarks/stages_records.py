@@ -9,7 +9,6 @@ import io
 import json
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from benchmarks.stage import Stage, median_seconds
+from benchmarks.stage import Stage
 from cellseg.coco import Record, make_records, rle_to_xywh, runs_to_rles, sort_records
 from cellseg.ensemble import ensemble_files
 from cellseg.evaluation.scores import score_records
@@ -165,16 +164,6 @@ def suppress_by_all_pairs(records: Sequence[Record]) -> list[Record]:
                     kept.append(record)
                     gone |= covers[index]
     return kept
-
-
-def merging_growth(sides: Sequence[int] = (256, 512, 1024, 2048)) -> list[tuple[int, float]]:
-    """Return (records, seconds) of merging one image of each side, at constant density."""
-    rows = []
-    for side in sides:
-        cells = RECORDS_PER_IMAGE * side**2 // (MEDIAN_TEST_SIZE[0] * MEDIAN_TEST_SIZE[1])
-        records = make_merging(files=5, images=1, cells=cells, size=(side, side))
-        rows.append((len(records), median_seconds(partial(_suppress, records), 3)))
-    return rows
 
 
 def _suppress(records: Sequence[Record]) -> list[Record]:
