@@ -31,21 +31,21 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.made import write_sample
+from benchmarks.our_recipe import train_recipe
 from benchmarks.screen import processor_clock
 from cellseg import presets
-from cellseg.data import CellDataset, SampleImages, TrainTransform, make_loaders
+from cellseg.data import CellDataset, SampleImages
 from cellseg.data.stain import STAINS
 from cellseg.data.tissue import make_tissue
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth, score_records
 from cellseg.files import read_json, write_atomically
 from cellseg.inference import predict_images
-from cellseg.training import fit, load_model, open_run
+from cellseg.training import load_model
 
 KEEP = Path("scratch/made_sets")
 FACTORS = (0.5, 1.0, 2.0)  # of the automatic image scale
 WANTED = 0.9  # of the best factor's AP50, at the automatic scale
-NEVER = 10**9  # epochs between validations: only the last is validated, and it chooses nothing
 VERSION = 1  # of the drawing: count it up when the pixels change
 
 ALL_KINDS = (0.38, 0.38, 0.12, 0.12)  # epithelial, lymphocytes, neutrophils, macrophages
@@ -166,26 +166,12 @@ def examine_set(name: str, folder: Path, recipe: dict[str, Any]) -> dict[str, An
     for factor in FACTORS:
         settled = presets.settle_sizes(recipe | {"image_scale": scale * factor}, train)
         run_folder = folder / f"{factor:g}"
-        train_once(settled, train, run_folder)
-        model = load_model(run_folder / "run" / "last.pt")
-        records = predict_images(model, SampleImages(held), **looks)
+        shutil.rmtree(run_folder, ignore_errors=True)
+        last = train.subset(train.sample_ids[:1])  # nothing is chosen by it
+        run_dir = train_recipe(settled, train, last, settled["weights"], run_folder)
+        records = predict_images(load_model(run_dir / "last.pt"), SampleImages(held), **looks)
         ap50[f"{factor:g}"] = score_records(dataset_truth(held), records).ap50
     return {"image_scale": scale, "channel_order": train.channel_order, "ap50": ap50}
-
-
-def train_once(recipe: dict[str, Any], train: CellDataset, folder: Path) -> None:
-    """Train a settled recipe into `folder/run`, an earlier run there removed."""
-    parts = presets.sort_settings(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    drawn = train.subset(train.sample_ids, transform=TrainTransform(**parts["transform"]))
-    last = train.subset(train.sample_ids[:1])  # `fit` wants a validation; it chooses nothing
-    model = presets.pick_builder(recipe["backbone"])(
-        train.num_classes, weights=recipe["weights"], **parts["builder"]
-    )
-    run = open_run(folder, model, drawn, last, recipe=recipe, name="run")
-    loaders = make_loaders(drawn, last, workers=0, **parts["loaders"])
-    for _ in fit(model, *loaders, run_dir=run.path, probe_images=0, **parts["fit"]):
-        pass
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -240,7 +226,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     given = {
         "time_budget": options.minutes * 60,
-        "validate_every": NEVER,
+        "workers": 0,
         "weights": None if options.weights == "none" else options.weights,
     }
     recipe = presets.override(presets.preset("laptop"), given)

@@ -31,14 +31,14 @@ from benchmarks.held_tissue import (
     training_samples,
     weights_file,
 )
-from benchmarks.our_recipe import NEVER, our_predictor, sort_settings
+from benchmarks.our_recipe import our_predictor, train_recipe
 from benchmarks.screen import KEEP, processor_clock, screened_recipe
-from cellseg.data import CellDataset, TrainTransform, make_loaders, split_ids
+from cellseg.data import CellDataset, split_ids
 from cellseg.data.similarity import group_by_similarity
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
-from cellseg.presets import pick_builder, read_overrides, settle_sizes
-from cellseg.training import fit, load_model, open_run
+from cellseg.presets import read_overrides, settle_sizes
+from cellseg.training import load_model
 
 SPLITS = ("random", "grouped")
 
@@ -57,33 +57,6 @@ def shared_tiles(split: Sequence[Sequence[str]], tiles: Mapping[str, str]) -> fl
     train_ids, val_ids = split
     trained = {tiles[name] for name in train_ids}
     return sum(tiles[name] in trained for name in val_ids) / len(val_ids)
-
-
-def train_split(
-    recipe: Mapping[str, Any],
-    samples: CellDataset,
-    split: Sequence[Sequence[str]],
-    weights: Path | None,
-    folder: Path,
-) -> Path:
-    """Train the recipe on one side of a split; return the weights as they stand at the end.
-
-    An earlier run of the same recipe in the folder goes on, or is taken as it is.
-    """
-    recipe = settle_sizes(recipe, samples)  # by all: one recipe for both splits
-    parts, seed = sort_settings(recipe), recipe.get("seed", 0)
-    train = samples.subset(split[0], transform=TrainTransform(**parts["transform"]))
-    val = samples.subset(split[1])
-    model = pick_builder(recipe["backbone"])(
-        samples.num_classes, weights=weights, **parts["builder"]
-    )
-    run = open_run(folder, model, train, val, recipe=recipe, seed=seed, name="run")
-    # One image to validate, after the last epoch: it chooses nothing.
-    loaders = make_loaders(train, val.subset(split[1][:1]), **parts["loaders"])
-    options = parts["fit"] | {"validate_every": NEVER, "probe_images": 0}
-    for _ in fit(model, *loaders, run_dir=run.path, **options):
-        pass
-    return run.path / "last.pt"
 
 
 def examine(
@@ -106,17 +79,21 @@ def measure(
     threads: int = 1,
     val_fraction: float = 0.2,
 ) -> dict[str, Any]:
-    """Train both splits; return the figures of each and the difference of their optimism."""
+    """Train both splits; return the figures of each and the difference of their optimism.
+
+    An earlier run of the same recipe in the folder goes on, or is taken as it is.
+    """
     torch.set_num_threads(threads)
     samples = training_samples(data, "pieces", cache_dir=folder / "cache")
     held = examined_samples(data)["pieces"]
     tiles = tiles_of(data / FOLDERS["pieces"] / "provenance.json")
+    settled = settle_sizes(recipe, samples)  # by all: one recipe for both splits
     found: dict[str, Any] = {"recipe": dict(recipe), "splits": {}}
     for name, split in make_splits(samples, val_fraction).items():
+        train, val = map(samples.subset, split)
         with processor_clock(threads):
-            checkpoint = train_split(recipe, samples, split, weights, folder / name)
-        parts = {"validation": samples.subset(split[1]), "held": held}
-        scores = examine(recipe, checkpoint, parts)
+            run_dir = train_recipe(settled, train, val, weights, folder / name)
+        scores = examine(recipe, run_dir / "last.pt", {"validation": val, "held": held})
         found["splits"][name] = {
             "train_images": len(split[0]),
             "val_images": len(split[1]),

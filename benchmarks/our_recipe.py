@@ -19,7 +19,7 @@ from cellseg.training import fit, open_run, read_history
 LAPTOP: dict[str, Any] = presets.preset("laptop") | {"train_on": "tiles"}
 """Settings of a preset, and `train_on`: the training tiles whole, or as their pieces."""
 
-NEVER = 10**9  # epochs between validations: only the last is validated, and it chooses nothing
+NEVER = 10**9  # epochs between validations: only after the last is there one
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ def train_ours(
     *,
     progress: bool = True,
 ) -> Training:
-    """Train the package's model into `folder/run`, an earlier run there removed.
-
-    Validation is kept to the end, on one training piece: `fit` wants one, and it chooses nothing,
-    since the weights' average as it stands at the end (`last.pt`) is what predicts.
+    """Train the package's model on the training tiles into `folder/run`, an earlier run removed.
 
     Args:
         recipe: as `LAPTOP`.
@@ -72,20 +69,17 @@ def train_ours(
     """
     seed, cache = recipe.get("seed", 0), folder.parent / "cache"
     samples = training_samples(data, recipe["train_on"], seed=seed, cache_dir=cache)
-    recipe = settle_sizes(recipe, samples)
-    parts = sort_settings(recipe)
     pieces = training_samples(data, "pieces", channel_order=samples.channel_order)
-    train = samples.subset(samples.sample_ids, transform=TrainTransform(**parts["transform"]))
-    last = pieces.subset(pieces.sample_ids[:1])
-    builder = pick_builder(recipe["backbone"])
-    model = builder(train.num_classes, weights=weights, **parts["builder"])
     shutil.rmtree(folder / "run", ignore_errors=True)
-    run = open_run(folder, model, train, last, recipe=recipe, seed=seed, name="run")
-    loaders = make_loaders(train, last, **parts["loaders"])
-    options = parts["fit"] | {"validate_every": NEVER, "probe_images": 0, "progress": progress}
-    for _ in fit(model, *loaders, run_dir=run.path, **options):
-        pass
-    history = read_history(run.path)
+    run_dir = train_recipe(
+        settle_sizes(recipe, samples),
+        samples,
+        pieces.subset(pieces.sample_ids[:1]),
+        weights,
+        folder,
+        progress=progress,
+    )
+    history = read_history(run_dir)
     seconds, budget = sum(epoch.seconds for epoch in history), recipe.get("time_budget")
     return Training(
         steps=history[-1].step,
@@ -93,6 +87,41 @@ def train_ours(
         peak_memory_mb=history[-1].peak_memory_mb,
         ended_by="time" if budget and seconds >= budget else "epochs",
     )
+
+
+def train_recipe(
+    recipe: Mapping[str, Any],
+    train: CellDataset,
+    val: CellDataset,
+    weights: str | Path | None,
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Train a recipe into `folder/run`, or go on with what an earlier call left; return the run.
+
+    Validation is kept to the end, on one image: `fit` wants one, and it chooses nothing, since
+    the weights' average as it stands at the end (`last.pt`) is what predicts.
+
+    Args:
+        recipe: settings by name, its sizes settled (`settle_sizes`).
+        train: the samples to train on.
+        val: what the run notes as its validation; the first image of it is the one.
+        weights: as the builder takes them.
+        folder: of the run.
+        progress: show bars with the time left.
+    """
+    parts = sort_settings(recipe)
+    augmented = train.subset(train.sample_ids, transform=TrainTransform(**parts["transform"]))
+    builder = pick_builder(recipe["backbone"])
+    model = builder(train.num_classes, weights=weights, **parts["builder"])
+    seed = recipe.get("seed", 0)
+    run = open_run(folder, model, augmented, val, recipe=recipe, seed=seed, name="run")
+    loaders = make_loaders(augmented, val.subset(val.sample_ids[:1]), **parts["loaders"])
+    options = parts["fit"] | {"validate_every": NEVER, "probe_images": 0, "progress": progress}
+    for _ in fit(model, *loaders, run_dir=run.path, **options):
+        pass
+    return run.path
 
 
 def our_predictor(

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from test_accuracy import TINY, squares
+from tiny_models import make_image, make_target
 
 from benchmarks import made_sets
 from benchmarks.made_sets import MadeSet, draw_glow, draw_large, draw_small, results_table, zoom
+from cellseg import presets
 
 
 def _median_diameter(maps):
@@ -56,6 +59,22 @@ def test_a_set_is_drawn_once_and_opened_in_two_parts(tmp_path, monkeypatch):
     assert (train.sample_ids, held.sample_ids) == (["train00", "train01"], ["held02"])
     made_sets.write_picture("tiny", tmp_path, tmp_path / "tiny.png")
     assert (tmp_path / "tiny.png").stat().st_size > 50
+
+
+@pytest.mark.slow
+def test_a_set_is_trained_and_examined_at_three_scales(tmp_path, monkeypatch):
+    def draw(number):
+        cells = [(1, *box) for _, *box in squares(number)]
+        image = make_image(64, 64, cells).numpy().transpose(1, 2, 0)
+        return image, {1: make_target(64, 64, cells)["instance_map"][0].numpy()}
+
+    monkeypatch.setitem(made_sets.SETS, "tiny", MadeSet("tiny", ("cell",), 3, 1, draw))
+    own = {"weights": None, "image_scale": "auto", "epochs": 1, "time_budget": None}
+    recipe = presets.preset("laptop") | TINY | own
+    found = made_sets.examine_set("tiny", tmp_path, recipe)
+    assert found["image_scale"] > 0 and set(found["ap50"]) == {"0.5", "1", "2"}
+    assert all(0 <= value <= 1 for value in found["ap50"].values())
+    assert all((tmp_path / name / "run" / "last.pt").exists() for name in found["ap50"])
 
 
 def test_table_says_where_the_automatic_scale_holds():
