@@ -36,3 +36,10 @@ class SettingsError(CellsegError):
 
 class TrainingError(CellsegError):
     """Training cannot go on; the message says why and from where to continue."""
+
+
+def check_at_least(least: float, **settings: float) -> None:
+    """Raise SettingsError for the first setting that is below a number, or is none."""
+    for name, value in settings.items():
+        if not value >= least:  # NaN neither
+            raise SettingsError(f"{name} is {value}; give {least} or more")

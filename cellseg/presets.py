@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -11,7 +12,7 @@ from torch import nn
 
 from cellseg.data import CellDataset, TrainTransform, make_loaders
 from cellseg.data.sizes import measure_cells, suggest_crop_size, suggest_image_scale
-from cellseg.errors import SettingsError
+from cellseg.errors import SettingsError, check_at_least
 from cellseg.models import BUILDERS, DetectorOptions
 from cellseg.models.options import ANCHOR_SIZES
 from cellseg.training import fit, pick_device
@@ -58,7 +59,7 @@ def preset(name: str) -> Recipe:
         SettingsError: if there is no such preset.
     """
     if name not in NAMES:
-        raise SettingsError(f"preset {name!r} is unknown; there are {', '.join(NAMES)}")
+        raise SettingsError(f"preset {name!r} is unknown; use one of {', '.join(NAMES)}")
     column = 1 + NAMES.index(name)
     return {row[0]: row[column] for row in TABLE}
 
@@ -77,7 +78,7 @@ def pick_builder(backbone: str) -> Callable[..., nn.Module]:
     builder = BUILDERS.get(f"get_model_{backbone}")
     if builder is None:
         known = ", ".join(name.removeprefix("get_model_") for name in BUILDERS)
-        raise SettingsError(f"backbone {backbone!r} is unknown; there are {known}")
+        raise SettingsError(f"backbone {backbone!r} is unknown; use one of {known}")
     return builder
 
 
@@ -134,19 +135,29 @@ def settle_sizes(recipe: Mapping[str, Any], dataset: CellDataset) -> Recipe:
         dataset: the training samples; each is read if the scale is "auto".
 
     Raises:
-        SettingsError: if `image_scale` is another word.
+        SettingsError: if `image_scale` is another word or not above 0, or `network_size` below 1.
         DataError: if a sample cannot be read; names the file.
     """
     settled = {name: value for name, value in recipe.items() if name != "network_size"}
-    scale = recipe.get("image_scale", 1.0)
-    try:
-        scale = suggest_image_scale(measure_cells(dataset)) if scale == "auto" else float(scale)
-    except ValueError:
-        raise SettingsError(f"image_scale is {scale!r}; use 'auto' or a number") from None
-    settled["image_scale"] = scale
+    if "network_size" in recipe:
+        check_at_least(1, network_size=recipe["network_size"])
+    scale = settled["image_scale"] = _settle_scale(recipe.get("image_scale", 1.0), dataset)
     if "network_size" in recipe:
         settled.setdefault("crop_size", suggest_crop_size(scale, recipe["network_size"]))
     return settled
+
+
+def _settle_scale(given: Any, dataset: CellDataset) -> float:
+    """Return an image scale as a number, from the data's cells if it is "auto"."""
+    if given == "auto":
+        return suggest_image_scale(measure_cells(dataset))
+    try:
+        scale = float(given)
+    except (TypeError, ValueError):
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise SettingsError(f"image_scale is {given!r}; use 'auto' or a finite number above 0")
+    return scale
 
 
 def sort_settings(recipe: Mapping[str, Any]) -> dict[str, Recipe]:
@@ -163,7 +174,7 @@ def sort_settings(recipe: Mapping[str, Any]) -> dict[str, Recipe]:
     unknown = sorted(recipe.keys() - set().union(*takers.values()))
     if unknown:
         known = ", ".join(sorted(set().union(*takers.values())))
-        raise SettingsError(f"nothing takes the setting {unknown[0]!r}; there are {known}")
+        raise SettingsError(f"nothing takes the setting {unknown[0]!r}; use one of {known}")
     return {
         taker: {name: value for name, value in recipe.items() if name in names}
         for taker, names in takers.items()

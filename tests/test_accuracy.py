@@ -101,14 +101,14 @@ def test_settings_are_those_of_a_preset_and_what_to_train_on():
         "predict": {},
     }
     sort_settings(LAPTOP)
-    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; there are "):
+    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; use one of"):
         sort_settings({"crop": 96})
 
 
 def test_a_screen_has_minutes_or_epochs():
     assert screen.screened_recipe({}, 2)["time_budget"] == 120
     assert screen.screened_recipe({"epochs": 3}, 2)["time_budget"] is None
-    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; there are "):
+    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; use one of"):
         screen.screened_recipe({"crop": 3}, 2)
 
 

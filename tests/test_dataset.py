@@ -156,6 +156,10 @@ def test_settings_that_cannot_work(train_dir, tmp_path):
         CellDataset(train_dir, sample_ids=["a", "x"])
     with pytest.raises(SettingsError, match="channel_order is 'bgr'; use one of"):
         CellDataset(train_dir, channel_order="bgr")
+    with pytest.raises(SettingsError, match="class_names holds 'x' more than once; give each"):
+        CellDataset(train_dir, class_names=["x", "y", "x"])
+    with pytest.raises(SettingsError, match="seed is -1; give 0 or more"):
+        CellDataset(train_dir, seed=-1)
     with pytest.raises(DataError, match="nowhere is not a folder"):
         CellDataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -281,6 +285,9 @@ def test_loader_settings_that_cannot_work(train_dir):
     for name in ("batch_size", "draws_per_image"):
         with pytest.raises(SettingsError, match=f"{name} is 0"):
             make_loaders(dataset, dataset, **{"batch_size": 1, "workers": 0, name: 0})
+    for name in ("workers", "seed"):
+        with pytest.raises(SettingsError, match=f"{name} is -1; give 0 or more"):
+            make_loaders(dataset, dataset, **{"batch_size": 1, "workers": 0, name: -1})
     with pytest.raises(SettingsError, match="sampler is 'balanced'"):
         make_loaders(dataset, dataset, batch_size=1, workers=0, sampler="balanced")
 

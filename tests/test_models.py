@@ -356,21 +356,24 @@ def test_a_frozen_stage_keeps_its_weights_and_the_loss_its_gradient():
 
 
 BAD_OPTIONS = [
-    ({"anchors": 3}, "get_model_mobilenetv2 has no option 'anchors'; there are anchor_sizes, fpn"),
-    ({"anchor_sizes": (8, 16)}, r"anchor_sizes=\[8, 16\]: 5 positive sizes, one a level"),
-    ({"anchor_sizes": (0, 8, 16, 32, 64)}, "5 positive sizes"),
-    ({"image_scale": 0}, "image_scale=0: greater than 0"),
-    ({"norm": "group"}, "norm='group': one of auto, frozen, heads, trained"),
-    ({"trainable_stages": 6}, "trainable_stages=6: 0-5"),
-    ({"score_threshold": 5}, "score_threshold=5: 0 to 1"),
-    ({"nms_threshold": -0.1}, "nms_threshold=-0.1: 0 to 1"),
-    ({"fpn_channels": 0}, "fpn_channels=0: 1 or more"),
-    ({"proposals": 0}, "proposals=0: 1 or more"),
-    ({"mask_rois": 0}, "mask_rois=0: 1 or more, or None for all"),
-    ({"mask_quality": -1}, "mask_quality=-1: 0 or more"),
-    ({"mask_layers": 0}, "mask_layers=0: 1 or more"),
-    ({"detections_per_image": -1}, "detections_per_image=-1: 1 or more"),
-    ({"weights": "COCO"}, "has no weights 'COCO'; there are DEFAULT, IMAGENET, a file, or None"),
+    ({"anchors": 3}, "get_model_mobilenetv2 has no option 'anchors'; use one of anchor_sizes"),
+    ({"anchor_sizes": (8, 16)}, r"anchor_sizes is \[8, 16\]; give 5 sizes of more than 0"),
+    ({"anchor_sizes": (0, 8, 16, 32, 64)}, "give 5 sizes of more than 0, one a level"),
+    ({"image_scale": 0}, "image_scale is 0; give a finite number above 0"),
+    ({"image_scale": float("inf")}, "image_scale is inf; give a finite number above 0"),
+    ({"image_scale": float("nan")}, "image_scale is nan; give a finite number above 0"),
+    ({"norm": "group"}, "norm is 'group'; use one of auto, frozen, heads, trained"),
+    ({"trainable_stages": 6}, "trainable_stages is 6; give 0 to 5"),
+    ({"score_threshold": 5}, "score_threshold is 5; give 0 to 1"),
+    ({"nms_threshold": -0.1}, "nms_threshold is -0.1; give 0 to 1"),
+    ({"fpn_channels": 0}, "fpn_channels is 0; give 1 or more"),
+    ({"proposals": 0}, "proposals is 0; give 1 or more"),
+    ({"mask_rois": 0}, "mask_rois is 0; give 1 or more, or None for all"),
+    ({"mask_quality": -1}, "mask_quality is -1; give 0 or more"),
+    ({"mask_layers": 0}, "mask_layers is 0; give 1 or more"),
+    ({"detections_per_image": -1}, "detections_per_image is -1; give 1 or more"),
+    ({"seed": -1}, "seed is -1; give 0 or more"),
+    ({"weights": "COCO"}, "has no weights 'COCO'; use DEFAULT, IMAGENET, a file, or None"),
 ]  # fmt: skip
 
 
@@ -381,7 +384,7 @@ def test_a_bad_option_is_named_with_its_remedy(options, message):
 
 
 def test_one_class_is_not_enough():
-    with pytest.raises(SettingsError, match="num_classes=1: it counts the background"):
+    with pytest.raises(SettingsError, match="num_classes is 1; give 2 or more, background incl"):
         tiny_model(1)
 
 
@@ -422,7 +425,7 @@ def test_random_weights_are_a_function_of_the_seed():
 
 
 def test_an_unknown_builder_is_named():
-    with pytest.raises(SettingsError, match="'get_model_vgg' is unknown; there are get_model_res"):
+    with pytest.raises(SettingsError, match="'get_model_vgg' is unknown; use one of get_model"):
         build_from_spec({"builder": "get_model_vgg", "arguments": {}})
 
 

@@ -130,7 +130,7 @@ def test_no_masks():
 
 
 def test_an_unknown_paste_is_refused():
-    with pytest.raises(ValueError, match="'bilinear'; there are aligned, torchvision"):
+    with pytest.raises(ValueError, match="'bilinear'; use one of aligned, torchvision"):
         masks_to_rles(torch.ones(1, 1, 28, 28), torch.ones(1, 4), SIZE, paste="bilinear")
 
 

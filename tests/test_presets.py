@@ -77,11 +77,11 @@ def test_a_setting_goes_to_all_that_take_it():
 
 
 def test_what_nothing_takes_is_refused():
-    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; there are"):
+    with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; use one of"):
         presets.override({}, {"crop": 3})
-    with pytest.raises(SettingsError, match="preset 'fast' is unknown; there are quick, laptop"):
+    with pytest.raises(SettingsError, match="preset 'fast' is unknown; use one of quick, lap"):
         presets.preset("fast")
-    with pytest.raises(SettingsError, match="backbone 'vgg' is unknown; there are resnet50v2"):
+    with pytest.raises(SettingsError, match="backbone 'vgg' is unknown; use one of resnet50"):
         presets.pick_builder("vgg")
 
 
@@ -111,5 +111,21 @@ def test_sizes_are_settled_from_the_cells(tmp_path):
     assert (fixed["image_scale"], fixed["crop_size"]) == (0.5, 640)
     given = presets.settle_sizes(automatic | {"crop_size": 99}, dataset)
     assert (given["image_scale"], given["crop_size"]) == (2.0, 99)
-    with pytest.raises(SettingsError, match="image_scale is 'big'; use 'auto' or a number"):
-        presets.settle_sizes({"image_scale": "big"}, dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_scale": "big"}, "image_scale is 'big'; use 'auto' or a finite number above 0"),
+        ({"image_scale": 0}, "image_scale is 0; use"),
+        ({"image_scale": "-1.5"}, "image_scale is '-1.5'; use"),
+        ({"image_scale": "nan"}, "image_scale is 'nan'; use"),
+        ({"image_scale": float("inf")}, "image_scale is inf; use"),
+        ({"image_scale": None}, "image_scale is None; use"),
+        ({"network_size": 0}, "network_size is 0; give 1 or more"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_settled_are_named(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        presets.settle_sizes(settings, None)

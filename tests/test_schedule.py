@@ -140,7 +140,7 @@ def test_precision_of_cuda_is_what_its_hardware_multiplies(monkeypatch, has_bflo
 @pytest.mark.parametrize(
     ("device", "precision", "message"),
     [
-        (CPU, "half", "precision='half'; there are auto, float32, bfloat16, float16"),
+        (CPU, "half", "precision is 'half'; use one of auto, float32, bfloat16, float16"),
         (CPU, "float16", "precision='float16' needs CUDA; use auto, bfloat16 or float32"),
     ],
 )

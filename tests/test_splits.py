@@ -94,6 +94,7 @@ def test_explicit_val_ids():
         ({"val_fraction": 0}, "val_fraction is 0"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"seed": -1}, "seed is -1; give 0 or more"),
         ({"val_ids": ["a", "z", "y"]}, "unknown samples: 'y', 'z'"),
         ({"val_ids": []}, "names 0 of 3 samples"),
         ({"val_ids": ["a", "b", "c"]}, "names 3 of 3 samples"),
@@ -155,6 +156,7 @@ def test_folds_split_no_group_and_none_is_empty(counts, folds, seed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"folds": 3, "seed": -1}, "seed is -1; give 0 or more"),
         ({"folds": 1}, "folds is 1 for 3 samples in 3 groups"),
         ({"folds": 4}, "folds is 4 for 3 samples in 3 groups"),
         ({"folds": 3, "groups": {"a": 1, "b": 1, "c": 2}}, "folds is 3 for 3 samples in 2 groups"),

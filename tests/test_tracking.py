@@ -107,7 +107,7 @@ def test_no_tracker_does_nothing_and_an_unknown_one_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Forgiving("none", tmp_path).log(SUMMARY)
-    with pytest.raises(SettingsError, match="tracker='wandb'; there are none, tensorboard"):
+    with pytest.raises(SettingsError, match="tracker is 'wandb'; use one of none, tensorbo"):
         Forgiving("wandb", tmp_path)
 
 

@@ -212,7 +212,7 @@ def test_masks_lie_where_the_cells_are():
 @pytest.mark.parametrize(
     ("views", "scales", "message"),
     [
-        ("all", (1,), "views is 'all'; there are plain, flips, turns, d4"),
+        ("all", (1,), "views is 'all'; use one of plain, flips, turns, d4"),
         ("flips", (), "one or more numbers > 0"),
         ("flips", (1, 0), "one or more numbers > 0"),
         ("flips", (float("nan"),), "one or more numbers > 0"),

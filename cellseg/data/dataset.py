@@ -23,7 +23,7 @@ from cellseg.data.reading import (
     read_instances,
 )
 from cellseg.data.release import read_test_index
-from cellseg.errors import DataError, SettingsError
+from cellseg.errors import DataError, SettingsError, check_at_least
 
 Target = dict[str, Any]
 Transform = Callable[[torch.Tensor, Target, torch.Generator], tuple[torch.Tensor, Target]]
@@ -76,10 +76,12 @@ class CellDataset(Dataset):
         Raises:
             DataError: if the folder is missing or empty, or a sample lacks its image or holds an
                 unknown class file.
-            SettingsError: if a sample_id is unknown or `channel_order` is none of the four.
+            SettingsError: if a sample_id is unknown, a class name comes twice, `channel_order` is
+                none of the four, or `seed` is below 0.
         """
+        check_at_least(0, seed=seed)
         self.train_dir = Path(train_dir)
-        self.class_names = tuple(class_names)
+        self.class_names = _check_names(class_names)
         self.transform = transform
         self.seed = seed
         self.cache = None if cache_dir is None else SampleCache(cache_dir)
@@ -304,6 +306,17 @@ def _read_tensor(path: Path, channel_order: str) -> torch.Tensor:
     """Return an image as a contiguous RGB tensor, uint8 [3, H, W]."""
     pixels = read_image(path, swapped=channel_order == "swapped")
     return torch.from_numpy(pixels.transpose(2, 0, 1))
+
+
+def _check_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the classes if each is another: scores are told by them."""
+    twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
+    if twice:
+        raise SettingsError(
+            f"class_names holds {', '.join(map(repr, twice))} more than once; give each class a "
+            "name of its own"
+        )
+    return tuple(class_names)
 
 
 def _check_order(channel_order: str, allowed: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cellseg.data.dataset import CellDataset
 from cellseg.data.decoding import read_size
-from cellseg.errors import SettingsError
+from cellseg.errors import SettingsError, check_at_least
 
 SamplerName = Literal["shuffle", "log_balanced", "area"]
 SAMPLERS: tuple[SamplerName, ...] = ("shuffle", "log_balanced", "area")
@@ -56,11 +56,11 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
             draws_per_image: draws of every image an epoch, or a number for each image.
 
         Raises:
-            SettingsError: if `batch_size` or `draws_per_image` is below 1.
+            SettingsError: if `batch_size` or `draws_per_image` is below 1, or `seed` below 0.
         """
-        for name, value in (("batch_size", batch_size), ("draws_per_image", draws_per_image)):
-            if np.min(value, initial=1) < 1:
-                raise SettingsError(f"{name} is {np.min(value)}; it must be 1 or more")
+        fewest = np.min(draws_per_image, initial=1)
+        check_at_least(1, batch_size=batch_size, draws_per_image=fewest)
+        check_at_least(0, seed=seed)
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
@@ -200,7 +200,8 @@ def make_loaders(
         SettingsError: if a setting has a value that cannot work.
     """
     if sampler not in SAMPLERS:
-        raise SettingsError(f"sampler is {sampler!r}; use {', '.join(map(repr, SAMPLERS))}")
+        raise SettingsError(f"sampler is {sampler!r}; use one of {', '.join(SAMPLERS)}")
+    check_at_least(0, workers=workers)
     weights = None
     if sampler == "area":
         crop_size = getattr(train_dataset.transform, "crop_size", None)

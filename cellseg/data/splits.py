@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from cellseg.errors import SettingsError
+from cellseg.errors import SettingsError, check_at_least
 
 
 def split_ids(
@@ -35,13 +35,14 @@ def split_ids(
         `(train_ids, val_ids)`, each sorted and not empty.
 
     Raises:
-        SettingsError: if `val_fraction` is not between 0 and 1, `groups` lacks a sample, `val_ids`
-            holds an unknown id or splits a group, or one side would be empty.
+        SettingsError: if `val_fraction` is not between 0 and 1, `seed` is below 0, `groups` lacks
+            a sample, `val_ids` holds an unknown id or splits a group, or one side would be empty.
     """
     _check_groups(class_counts, groups)
     if val_ids is None:
         if not 0 < val_fraction < 1:
             raise SettingsError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+        check_at_least(0, seed=seed)
         chosen = _deal(class_counts, val_fraction, seed, groups)
     else:
         chosen = _check_val_ids(set(val_ids), class_counts, groups)
@@ -72,9 +73,10 @@ def make_folds(
         `(train_ids, val_ids)` of each fold, sorted and not empty.
 
     Raises:
-        SettingsError: if `folds` is less than 2 or more than there are groups, or `groups` lacks a
-            sample.
+        SettingsError: if `folds` is less than 2 or more than there are groups, `seed` is below 0,
+            or `groups` lacks a sample.
     """
+    check_at_least(0, seed=seed)
     _check_groups(class_counts, groups)
     units, counts = _count_units(class_counts, groups)
     if not 2 <= folds <= len(units):

@@ -48,7 +48,7 @@ def masks_to_rles(
         list of N RLEs; a mask without a pixel over the threshold comes out empty.
     """
     if paste not in PASTES:
-        raise ValueError(f"paste={paste!r}; there are {', '.join(PASTES)}")
+        raise ValueError(f"paste is {paste!r}; use one of {', '.join(PASTES)}")
     if len(masks) == 0:
         return []
     masks, boxes = masks[:, 0].detach().cpu().float(), boxes.detach().cpu().float()

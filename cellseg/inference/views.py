@@ -102,7 +102,7 @@ def make_views(views: str, scales: Sequence[float] = (1.0,)) -> list[View]:
         SettingsError: if there is no such name, or no scale, or one is not > 0.
     """
     if views not in SIDES:
-        raise SettingsError(f"views is {views!r}; there are {', '.join(SIDES)}")
+        raise SettingsError(f"views is {views!r}; use one of {', '.join(SIDES)}")
     if not scales or not all(0 < scale < float("inf") for scale in scales):
         raise SettingsError(f"scales are {list(scales)}; give one or more numbers > 0")
     return [View(mirrored, turns, scale) for scale in scales for mirrored, turns in SIDES[views]]

@@ -204,7 +204,7 @@ def build_from_spec(spec: dict[str, Any]) -> GeneralizedRCNN:
     builder = BUILDERS.get(spec.get("builder", ""))
     if builder is None:
         known = ", ".join(BUILDERS)
-        raise SettingsError(f"model builder {spec.get('builder')!r} is unknown; there are {known}")
+        raise SettingsError(f"model builder {spec.get('builder')!r} is unknown; use one of {known}")
     return builder(**spec["arguments"] | {"weights": None})
 
 
@@ -260,7 +260,7 @@ def _read(
         return read_weights(weights), f"file {Path(weights).name}"
     if weights not in named:
         raise SettingsError(
-            f"{name} has no weights {weights!r}; there are {', '.join(named)}, a file, or None"
+            f"{name} has no weights {weights!r}; use {', '.join(named)}, a file, or None"
         )
     entry = named[weights]
     return download_weights(entry), f"torchvision {entry} ({entry.url})"

@@ -1,5 +1,6 @@
 """What a model is built with beside its backbone, and what of it makes sense."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -95,7 +96,7 @@ def check_options(name: str, num_classes: int, given: dict[str, Any]) -> Detecto
     known = [field.name for field in fields(DetectorOptions)]
     unknown = sorted(given.keys() - set(known))
     if unknown:
-        raise SettingsError(f"{name} has no option {unknown[0]!r}; there are {', '.join(known)}")
+        raise SettingsError(f"{name} has no option {unknown[0]!r}; use one of {', '.join(known)}")
     options = DetectorOptions(
         **given | {"anchor_sizes": list(given.get("anchor_sizes", ANCHOR_SIZES))}
     )
@@ -108,21 +109,26 @@ def check_options(name: str, num_classes: int, given: dict[str, Any]) -> Detecto
 def _conditions(options: DetectorOptions, num_classes: int) -> list[tuple[bool, str]]:
     """Return what must hold, and what to say where it does not."""
     levels = len(ANCHOR_SIZES)
+
+    def give(name: str, what: str) -> str:
+        return f"{name} is {getattr(options, name)}; give {what}"
+
     return [
-        (num_classes >= 2, f"num_classes={num_classes}: it counts the background, so 2 or more"),
+        (num_classes >= 2, f"num_classes is {num_classes}; give 2 or more, background included"),
         (
             len(options.anchor_sizes) == levels and min(options.anchor_sizes) > 0,
-            f"anchor_sizes={list(options.anchor_sizes)}: {levels} positive sizes, one a level",
+            give("anchor_sizes", f"{levels} sizes of more than 0, one a level"),
         ),
-        (options.image_scale > 0, f"image_scale={options.image_scale}: greater than 0"),
-        (options.norm in NORMS, f"norm={options.norm!r}: one of {', '.join(NORMS)}"),
-        (0 <= options.trainable_stages <= 5, f"trainable_stages={options.trainable_stages}: 0-5"),
-        (0 <= options.score_threshold <= 1, f"score_threshold={options.score_threshold}: 0 to 1"),
-        (0 <= options.nms_threshold <= 1, f"nms_threshold={options.nms_threshold}: 0 to 1"),
-        (options.mask_quality >= 0, f"mask_quality={options.mask_quality}: 0 or more"),
+        (0 < options.image_scale < math.inf, give("image_scale", "a finite number above 0")),
+        (options.norm in NORMS, f"norm is {options.norm!r}; use one of {', '.join(NORMS)}"),
+        (0 <= options.trainable_stages <= 5, give("trainable_stages", "0 to 5")),
+        (0 <= options.score_threshold <= 1, give("score_threshold", "0 to 1")),
+        (0 <= options.nms_threshold <= 1, give("nms_threshold", "0 to 1")),
+        (options.mask_quality >= 0, give("mask_quality", "0 or more")),
         (
             options.mask_rois is None or options.mask_rois >= 1,
-            f"mask_rois={options.mask_rois}: 1 or more, or None for all",
+            give("mask_rois", "1 or more, or None for all"),
         ),
-        *((getattr(options, k) >= 1, f"{k}={getattr(options, k)}: 1 or more") for k in COUNTS),
+        (options.seed >= 0, give("seed", "0 or more")),
+        *((getattr(options, name) >= 1, give(name, "1 or more")) for name in COUNTS),
     ]

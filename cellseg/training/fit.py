@@ -5,6 +5,7 @@ drawn for a sample on (seed, epoch, index), and what is drawn inside the losses 
 Workers and interruptions change none of them.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -31,6 +32,20 @@ from cellseg.training.validation import validate
 
 # Of torch's messages about a worker that was killed, or about its shared memory.
 WORKER_GONE = ("DataLoader worker (pid", "shared memory", "shm", "unable to mmap", "ancdata")
+# Of the settings that nothing else looks at: whether a value can work, and what can.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": (lambda value: 0 < value < math.inf, "more than 0"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "warmup": (lambda value: 0 <= value <= 1, "0 to 1"),
+    "clip_norm": (lambda value: value > 0, "more than 0"),
+    "ema_decay": (lambda value: 0 <= value < 1, "0 or more, and less than 1"),
+    "accumulate": (lambda value: value >= 1, "1 or more"),
+    "validate_every": (lambda value: value >= 1, "1 or more"),
+    "probe_images": (lambda value: value >= 0, "0 or more"),
+    "save_every": (lambda value: value >= 0, "0 or more"),
+    "keep_checkpoints": (lambda value: value >= 0, "0 or more"),
+    "seed": (lambda value: value >= 0, "0 or more"),
+}
 
 
 def fit(
@@ -116,7 +131,12 @@ def fit(
         CheckpointError: if `last.pt` is damaged or belongs to another model.
         SettingsError: if a setting cannot work.
     """
-    _check(accumulate, validate_every, resume)
+    _check(
+        resume, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
+        clip_norm=clip_norm, ema_decay=ema_decay, accumulate=accumulate,
+        validate_every=validate_every, probe_images=probe_images, save_every=save_every,
+        keep_checkpoints=keep_checkpoints, seed=seed,
+    )  # fmt: skip
     with (
         nullcontext(ranks) if ranks is not None else join_ranks(device) as ranks,
         lock_run(run_dir) if ranks.first else nullcontext() as lock,
@@ -194,13 +214,14 @@ def _epochs(
         yield summary
 
 
-def _check(accumulate: int, validate_every: int, resume: str) -> None:
-    """Raise SettingsError for a setting that nothing else looks at before training."""
-    for name, value in (("accumulate", accumulate), ("validate_every", validate_every)):
-        if value < 1:
-            raise SettingsError(f"{name}={value}; 1 or more")
+def _check(resume: str, **given: float) -> None:
+    """Raise SettingsError for a setting that cannot work, before anything is written."""
+    for name, value in given.items():
+        works, wanted = LIMITS[name]
+        if not works(value):
+            raise SettingsError(f"{name} is {value}; give {wanted}")
     if resume not in ("auto", "never"):
-        raise SettingsError(f"resume={resume!r}; use auto or never")
+        raise SettingsError(f"resume is {resume!r}; use auto or never")
 
 
 def _train_epoch(

@@ -40,7 +40,7 @@ def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype
             gradients underflow without a scaler.
     """
     if precision not in PRECISIONS:
-        raise SettingsError(f"precision={precision!r}; there are {', '.join(PRECISIONS)}")
+        raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
     if precision == "float16" and device.type != "cuda":
         raise SettingsError("precision='float16' needs CUDA; use auto, bfloat16 or float32")
     if precision != "auto":

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from cellseg.errors import SettingsError
+from cellseg.errors import SettingsError, check_at_least
 
 FINAL_SHARE = 0.01  # of the peak learning rate, where the cosine ends
 
@@ -24,10 +24,10 @@ class Length:
         """Check that there is an end."""
         if self.epochs is None and self.time_budget is None:
             raise SettingsError("give epochs or time_budget; a run needs an end")
-        if self.epochs is not None and self.epochs < 1:
-            raise SettingsError(f"epochs={self.epochs}; 1 or more")
-        if self.time_budget is not None and self.time_budget <= 0:
-            raise SettingsError(f"time_budget={self.time_budget}; seconds, more than 0")
+        if self.epochs is not None:
+            check_at_least(1, epochs=self.epochs)
+        if self.time_budget is not None and not 0 < self.time_budget < math.inf:
+            raise SettingsError(f"time_budget is {self.time_budget}; give seconds, more than 0")
 
     def progress(self, step: int, steps_per_epoch: int, seconds: float) -> float:
         """Return the share of the run that is done, 0-1: by epochs or time, what is farther."""

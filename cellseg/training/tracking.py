@@ -56,7 +56,7 @@ class Forgiving:
             SettingsError: if there is none of this name.
         """
         if name not in TRACKERS:
-            raise SettingsError(f"tracker={name!r}; there are {', '.join(TRACKERS)}")
+            raise SettingsError(f"tracker is {name!r}; use one of {', '.join(TRACKERS)}")
         self.name = name
         self.tracker: Tracker | None = None
         if name == "tensorboard":
