@@ -4,6 +4,7 @@ import json
 from itertools import islice
 
 import pytest
+import torch
 from tiny_models import tiny_model, write_squares
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from cellseg.coco import read_records
 from cellseg.errors import DataError, SettingsError, TrainingError
 from cellseg.training import load_model, read_history
 from cellseg.training.folds import RULE, folds_name, plan_folds, read_folds, train_folds
+from cellseg.training.run import read_settings
 
 SAMPLES = {
     "a": (40, 52, [(1, 4, 5, 18, 17), (2, 30, 20, 46, 38)]),
@@ -71,7 +73,20 @@ def test_each_fold_is_a_run_and_all_follow_the_folds(whole):
         assert max(epoch.ap50 for epoch in history) == history[fold["best_epoch"] - 1].ap50
     settings = json.loads((folder / "all" / "settings.json").read_text(encoding="utf-8"))
     assert settings["train_ids"] == list("abcd") and settings["recipe"]["epochs"] == chosen
-    load_model(folder / "all" / "best.pt")
+
+
+@pytest.mark.slow
+def test_the_training_on_all_holds_nothing_out_and_is_not_scored(whole):
+    folder = whole[0] / "all"
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    assert settings["val_ids"] == [] and settings["data"]["images"] == 4
+    assert settings["data"]["cells_per_class"] == {"dark": 4, "light": 3}
+    for epoch in read_history(folder):
+        assert epoch.val_loss is None and epoch.ap50 is None and epoch.train_ap50 is None
+        assert epoch.losses["val"] == {} and "AP50" not in epoch.line()
+    best, last = load_model(folder / "best.pt"), load_model(folder / "last.pt")
+    for name, value in last.state_dict().items():
+        assert torch.equal(best.state_dict()[name], value), name
 
 
 @pytest.mark.slow
@@ -83,6 +98,7 @@ def test_every_image_is_held_out_once_with_its_group(whole):
         [["b", "d"], ["a", "c"]],
     )
     assert content["groups"] == {"a": "ac", "b": "bd", "c": "ac", "d": "bd"}
+    assert read_settings(folder / "fold1")["groups"] == content["groups"]
     for fold in content["folds"]:
         settings = json.loads((folder / fold["name"] / "settings.json").read_text())
         assert settings["val_ids"] == fold["val_ids"]

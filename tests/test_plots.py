@@ -124,7 +124,7 @@ def test_learning_curves_skip_epochs_without_validation_and_ring_the_best():
 
 def test_learning_curves_before_any_validation():
     loss_axis, map_axis = plots.plot_learning_curves([make_summary(1)]).axes
-    assert map_axis.get_title(loc="left") == "Not validated yet"
+    assert map_axis.get_title(loc="left") == "Not validated"
     assert map_axis.get_legend() is None and loss_axis.get_legend() is not None
 
 

@@ -130,6 +130,13 @@ def has_chinese_font():
     return len(pick_fonts(typst.Fonts())) > 1
 
 
+def test_a_run_that_held_no_image_out_says_so(tmp_path):
+    settings = SETTINGS | {"train_ids": ["a", "b", "c", "d"], "val_ids": []}
+    text = read_text(build_report(write_run(tmp_path / "run", settings=settings, full=False)))
+    assert "all trained on, none held out" in text and "No image was held out" in text
+    assert "0 for validation" not in text and "The best epoch" not in text
+
+
 def test_report_tells_the_run_in_the_course_order(tmp_path):
     report = build_report(write_run(tmp_path / "run"), name="Ada", student_id="R1", title="Cells")
     assert report.path == tmp_path / "run" / "report.pdf"

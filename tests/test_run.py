@@ -113,6 +113,23 @@ def test_other_settings_are_another_run(reason, changes, named, dataset, tmp_pat
     assert open_it(tmp_path, dataset).settings == first.settings
 
 
+def test_a_run_may_hold_nothing_out(dataset, tmp_path):
+    every = dataset.subset(["a", "b", "c"])
+    run = open_run(tmp_path / "runs", tiny_model(), every, None, recipe=RECIPE)
+    assert (run.settings["train_ids"], run.settings["val_ids"]) == (["a", "b", "c"], [])
+    assert run.settings["data"]["images"] == 3
+    assert run.settings["data"]["cells_per_class"] == {"dark": 1, "light": 2}
+
+
+def test_groups_are_stored_and_do_not_make_another_run(dataset, tmp_path):
+    plain = open_it(tmp_path, dataset)
+    assert plain.settings["groups"] is None
+    groups = {"c": 2, "b": 1, "a": 1}
+    grouped = open_it(tmp_path / "other", dataset, groups=groups)
+    assert grouped.settings["groups"] == groups and list(grouped.settings["groups"]) == list("abc")
+    assert grouped.path.name == plain.path.name
+
+
 def test_a_run_can_have_a_name_of_its_own(dataset, tmp_path):
     run = open_it(tmp_path, dataset, name="mine")
     assert run.path == tmp_path / "runs" / "mine" and run.settings["run_name"] == "mine"

@@ -168,14 +168,14 @@ def count_crops(dataset: CellDataset, crop_size: int) -> list[int]:
 
 def make_loaders(
     train_dataset: CellDataset,
-    val_dataset: Dataset,
+    val_dataset: Dataset | None,
     *,
     batch_size: int,
     workers: int = 2,
     seed: int = 0,
     sampler: SamplerName = "shuffle",
     draws_per_image: int | Sequence[int] = 1,
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders of training and validation; both give `(images, targets)` as lists.
 
     Call `train_loader.batch_sampler.set_epoch(epoch)` before each epoch: the order of the epoch
@@ -184,7 +184,7 @@ def make_loaders(
 
     Args:
         train_dataset: training samples with their transform.
-        val_dataset: validation samples, given one by one in order.
+        val_dataset: validation samples, given one by one in order; None makes None of its loader.
         batch_size: images a training batch, of all processes together where several train; the
             last batch of an epoch may be smaller.
         workers: processes that read ahead, 0 to read in this one. They stay alive between
@@ -227,6 +227,8 @@ def make_loaders(
         "pin_memory": torch.cuda.is_available(),
     }
     train_loader = DataLoader(train_dataset, batch_sampler=batches, **options)
+    if val_dataset is None:
+        return train_loader, None
     in_order = OrderedSampler(len(val_dataset))
     return train_loader, DataLoader(val_dataset, batch_size=1, sampler=in_order, **options)
 

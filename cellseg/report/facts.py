@@ -166,6 +166,7 @@ def _data(settings: Mapping[str, Any]) -> Facts:
             "val": f"{val:,}",
             "source": _as_text(data.get("source") or "source not stated"),
         },
+        "held_out": settings.get("val_ids") != [],
         "channel_order": _as_text(settings.get("channel_order")),
         "fingerprint": str(data.get("fingerprint") or "")[:12],
         "cells_total": f"{total:,}",

@@ -301,7 +301,7 @@ def _best_title(rows: list[dict], key: str) -> str:
     """Say in a sentence where a validation value is best."""
     epochs, values = _measured(rows, key)
     if not epochs:
-        return "Not validated yet"
+        return "Not validated"
     best = _best_index(values, key)
     what = "Validation loss is lowest" if key.endswith("loss") else "Validation AP50 is best"
     return f"{what} in epoch {epochs[best]}: {values[best]:.3f}"

@@ -22,9 +22,12 @@ class Examination:
     """
 
     def __init__(
-        self, val_dataset: CellDataset, train_dataset: CellDataset, probe_images: int
+        self, val_dataset: CellDataset | None, train_dataset: CellDataset, probe_images: int
     ) -> None:
-        """Choose the training images: spread over the sorted ids, always the same."""
+        """Choose the training images: spread over the sorted ids, always the same.
+
+        Without a validation dataset there is no validation to summarise, and no truth is read.
+        """
         self.val_dataset = val_dataset
         ids = train_dataset.sample_ids
         count = min(probe_images, len(ids))

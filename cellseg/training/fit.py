@@ -51,7 +51,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 def fit(
     model: nn.Module,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | None,
     *,
     run_dir: str | Path,
     epochs: int | None = 50,
@@ -92,7 +92,8 @@ def fit(
     Args:
         model: a model of `cellseg.models`; changed in place and moved to the device.
         train_loader: from `make_loaders`; gives lists of images and targets.
-        val_loader: from `make_loaders`; its dataset has `class_names` and `read`.
+        val_loader: from `make_loaders`; its dataset has `class_names` and `read`. None holds no
+            image out: nothing is scored, and `best.pt` is the average at the end.
         run_dir: folder of the run; made if missing.
         epochs: length of the run; None with a time budget.
         time_budget: seconds of training, loading included and validation not, after which the
@@ -160,9 +161,10 @@ def fit(
         keeper = StateKeeper(Path(run_dir), session, save_every, keep_checkpoints)
         keeper.resume(resume)
         train_loader.batch_sampler.deal(ranks.rank, ranks.count)
-        if ranks.several:
+        if ranks.several and val_loader is not None:
             val_loader.sampler.deal(ranks.rank, ranks.count)
-        examination = Examination(val_loader.dataset, train_loader.dataset, probe_images)
+        held_out = None if val_loader is None else val_loader.dataset
+        examination = Examination(held_out, train_loader.dataset, probe_images)
         with (
             outcome_told(run_dir, session.epoch, writes=ranks.first),
             closing(Forgiving(tracker if ranks.first else "none", Path(run_dir))) as tracked,
@@ -180,7 +182,7 @@ def _epochs(
     keeper: StateKeeper,
     lock: RunLock | None,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | None,
     examination: Examination,
     validate_every: int,
     show: bool,
@@ -191,10 +193,10 @@ def _epochs(
     while session.progress < 1 or session.batch:
         with stop_requests() as stop:
             _train_epoch(session, train_loader, keeper, lock, stop, show)
-            scored = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
+            due = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
             validation = None
             with told_of_reading():
-                if scored:
+                if due and val_loader is not None:
                     keeper.save()
                     stop.at_once = keeper.interrupted
                     validation = validate(

@@ -92,7 +92,7 @@ def train_folds(
     was chosen on it, which makes these records a little better than those of new images.
 
     With `train_on_all` one more model, in `all`, then trains on every image for as many epochs as
-    `RULE` says. Its validation, on one training image after the last epoch, chooses nothing.
+    `RULE` says. It holds no image out: nothing is scored, and its last weights are its best.
 
     Interrupted anywhere, the same call goes on: a fold that is finished is not trained, or
     predicted, again.
@@ -129,17 +129,16 @@ def train_folds(
     ranks.from_first(partial(_join_folds, run_dir, dataset))
     if train_on_all:
         epochs = ranks.from_first(partial(read_folds, run_dir))["all"]["epochs"]
-        length = {"epochs": epochs, "time_budget": None, "validate_every": epochs}
-        parts = {**parts, "fit": parts["fit"] | length}
-        every, one = dataset.subset(dataset.sample_ids), dataset.subset(dataset.sample_ids[:1])
-        yield from _train("all", build(), every, one, parts, **settings)
+        parts = {**parts, "fit": parts["fit"] | {"epochs": epochs, "time_budget": None}}
+        every = dataset.subset(dataset.sample_ids)
+        yield from _train("all", build(), every, None, parts, **settings)
 
 
 def _train(
     name: str,
     model: nn.Module,
     train: CellDataset,
-    val: CellDataset,
+    val: CellDataset | None,
     parts: Parts,
     *,
     run_dir: Path,
@@ -151,8 +150,9 @@ def _train(
 ) -> Iterator[tuple[str, EpochSummary]]:
     """Train, or go on, in one folder of a run; yield its name and each epoch's summary."""
     train.transform = TrainTransform(**parts["transform"])
-    changed = {"recipe": _recipe(parts), "seed": seed, "name": name, "on_change": on_change}
-    ranks.from_first(partial(open_run, run_dir, model, train, val, **changed))
+    about = {"recipe": _recipe(parts), "seed": seed, "name": name, "on_change": on_change}
+    about["groups"] = read_folds(run_dir).get("groups")
+    ranks.from_first(partial(open_run, run_dir, model, train, val, **about))
     loaders = make_loaders(train, val, workers=workers, seed=seed, **parts["loaders"])
     settings = {**options, **parts["fit"], "seed": seed, "ranks": ranks}
     for epoch in fit(model, *loaders, run_dir=run_dir / name, **settings):
@@ -202,8 +202,7 @@ def _close_fold(
     path, told = fold_dir / "validation.json", {"epochs": len(history), **prediction}
     if fold.get("told") == told and path.exists():
         return
-    best = fold_dir / "best.pt"  # none if no image of the fold has a cell
-    model = load_model(best if best.exists() else fold_dir / "last.pt", pick_device(device))
+    model = load_model(fold_dir / "best.pt", pick_device(device))
     records = predict_images(model, SampleImages(val), progress=False, **prediction)
     write_records(path, records)
     scored = [epoch for epoch in history if epoch.ap50 is not None] or history[-1:]

@@ -104,12 +104,18 @@ class StateKeeper:
             write_history(self.run_dir, [EpochSummary(**row) for row in self.session.history])
 
     def close_epoch(self, summary: EpochSummary) -> None:
-        """Write the epoch's results and the state after it: the best weights, the history."""
+        """Write the epoch's results and the state after it: the best weights, the history.
+
+        Where no epoch could be scored, for want of images held out or of cells in them, the last
+        weights are the best.
+        """
         session = self.session
-        if summary.ap50 is not None and summary.ap50 > session.best_ap50:
+        better = summary.ap50 is not None and summary.ap50 > session.best_ap50
+        if better:
             session.best_ap50 = summary.ap50
-            if self.writes:
-                self._write_best(summary)
+        never_scored = session.best_ap50 < 0 and session.progress >= 1
+        if self.writes and (better or never_scored):
+            self._write_best(summary)
         session.history.append(asdict(summary))
         session.epoch += 1
         session.begin_epoch()

@@ -44,7 +44,7 @@ LAST_LINES = 15  # of the log, told if no line of it says what went wrong
 def launch(
     model: nn.Module,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | None,
     *,
     run_dir: str | Path,
     processes: int = 1,
@@ -60,7 +60,7 @@ def launch(
         model: a model of `cellseg.models`; the processes start from its spec and weights.
         train_loader: from `make_loaders`, its transform a `TrainTransform` or None; its
             `batch_size` is that of all processes together.
-        val_loader: from `make_loaders`.
+        val_loader: from `make_loaders`, or None.
         run_dir: folder of the run.
         processes: how many, one a GPU; with 1 this is `fit` itself.
         **settings: of `fit`, plain values.
@@ -122,7 +122,7 @@ def _describe(
     run_dir: Path,
     model: nn.Module,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | None,
     settings: dict[str, Any],
 ) -> None:
     """Write what the processes start from."""
@@ -133,7 +133,7 @@ def _describe(
         "provenance": model.provenance,
         "model": model.state_dict(),
         "train": _describe_dataset(train_loader.dataset),
-        "val": _describe_dataset(val_loader.dataset),
+        "val": None if val_loader is None else _describe_dataset(val_loader.dataset),
         "loaders": {
             "batch_size": batches.batch_size,
             "workers": train_loader.num_workers,
@@ -164,13 +164,18 @@ def _describe_dataset(dataset: Any) -> dict[str, Any]:
     }
 
 
-def _loaders(start: dict[str, Any]) -> tuple[DataLoader, DataLoader]:
+def _make_dataset(description: dict[str, Any] | None) -> CellDataset | None:
+    """Return the dataset that a description tells of."""
+    if description is None:
+        return None
+    transform = description["transform"]
+    transform = None if transform is None else TrainTransform(**transform)
+    return CellDataset(**description | {"transform": transform})
+
+
+def _loaders(start: dict[str, Any]) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders that a description tells of."""
-    datasets = []
-    for part in (start["train"], start["val"]):
-        transform = part.pop("transform")
-        transform = None if transform is None else TrainTransform(**transform)
-        datasets.append(CellDataset(**part, transform=transform))
+    datasets = _make_dataset(start["train"]), _make_dataset(start["val"])
     pair = make_loaders(*datasets, **start["loaders"])
     if start["weights"] is not None:
         pair[0].batch_sampler.weights = np.asarray(start["weights"])

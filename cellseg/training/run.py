@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,11 +118,12 @@ def open_run(
     runs_dir: str | Path,
     model: nn.Module,
     train_dataset: CellDataset,
-    val_dataset: CellDataset,
+    val_dataset: CellDataset | None,
     *,
     recipe: Mapping[str, Any],
     seed: int = 0,
     name: str | None = None,
+    groups: Mapping[str, Hashable] | None = None,
     sample_data: bool = False,
     on_change: str = "refuse",
 ) -> Run:
@@ -135,10 +136,12 @@ def open_run(
         runs_dir: folder of all runs.
         model: a model with `spec` and `provenance`.
         train_dataset: what is trained on.
-        val_dataset: what is validated on.
+        val_dataset: what is validated on; None if no image is held out.
         recipe: plain values that decide the result, such as epochs, learning rate and crop.
         seed: of all draws.
         name: of the folder, instead of the default.
+        groups: sample_id -> group (patient, slide) that the split kept together, stored so that
+            intervals can be drawn by them; None if each sample stood alone.
         sample_data: the data is made tissue; marks whatever is made from the run.
         on_change: what to do if the folder of this name belongs to a run with another recipe,
             other data or another seed: "refuse", or "continue" to go on with it, which is
@@ -151,7 +154,8 @@ def open_run(
     """
     if on_change not in ("refuse", "continue"):
         raise SettingsError(f"on_change={on_change!r}; use refuse or continue")
-    described = _describe(model, train_dataset, val_dataset, recipe, seed, sample_data)
+    datasets = [train_dataset] if val_dataset is None else [train_dataset, val_dataset]
+    described = _describe(model, datasets, recipe, seed, groups, sample_data)
     settings = json.loads(json.dumps(described, default=str))  # as they will be read: lists
     identity = _digest(_identity(settings))
     short = model.spec["builder"].removeprefix("get_model_")
@@ -217,15 +221,19 @@ def read_settings(run_dir: str | Path) -> dict[str, Any]:
 
 def _describe(
     model: nn.Module,
-    train_dataset: CellDataset,
-    val_dataset: CellDataset,
+    datasets: Sequence[CellDataset],
     recipe: Mapping[str, Any],
     seed: int,
+    groups: Mapping[str, Hashable] | None,
     sample_data: bool,
 ) -> dict[str, Any]:
-    """Return the settings that a report and a reader need to know the run by."""
+    """Return the settings that a report and a reader need to know the run by.
+
+    `datasets` are what is trained on and, if there is one, what is validated on.
+    """
+    train_dataset = datasets[0]
     cells = np.zeros(len(train_dataset.class_names), dtype=int)
-    for dataset in (train_dataset, val_dataset):
+    for dataset in datasets:
         for index in range(len(dataset)):
             cells += np.asarray(dataset.class_counts(index))
     return {
@@ -235,7 +243,8 @@ def _describe(
         "class_names": list(train_dataset.class_names),
         "num_classes": train_dataset.num_classes,
         "train_ids": train_dataset.sample_ids,
-        "val_ids": val_dataset.sample_ids,
+        "val_ids": [sample_id for dataset in datasets[1:] for sample_id in dataset.sample_ids],
+        "groups": None if groups is None else dict(sorted(groups.items())),
         "channel_order": train_dataset.channel_order,
         "recipe": dict(recipe),
         "seed": seed,
@@ -250,8 +259,8 @@ def _describe(
             "source": "made tissue"
             if sample_data
             else train_dataset.train_dir.resolve().parent.name,
-            "fingerprint": _digest([train_dataset.fingerprint(), val_dataset.fingerprint()]),
-            "images": len(train_dataset) + len(val_dataset),
+            "fingerprint": _digest([dataset.fingerprint() for dataset in datasets]),
+            "images": sum(map(len, datasets)),
             "cells_per_class": dict(zip(train_dataset.class_names, cells.tolist(), strict=True)),
         },
         "sample_data": sample_data,
