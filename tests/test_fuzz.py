@@ -32,7 +32,7 @@ from tiny_models import tiny_model, write_squares
 from cellseg.coco import make_record, mask_to_rle, read_records, write_records
 from cellseg.data import read_test_index
 from cellseg.data.audit import Audit, Oddity
-from cellseg.data.reading import read_image, read_instance_ids
+from cellseg.data.reading import SampleFiles, read_image, read_instances
 from cellseg.data.release import extract_archive
 from cellseg.data.sizes import CellSizes
 from cellseg.ensemble import ensemble_files
@@ -290,11 +290,16 @@ TIFFS = [
 PNGS = [imagecodecs.png_encode(RGBA), imagecodecs.png_encode(IDS.astype(np.uint16))]
 
 
+def read_map(path: Path) -> None:
+    """Read a file as the map of a class, its image of the size of the originals."""
+    read_instances(SampleFiles(path.parent, path, {1: path}), IDS.shape)
+
+
 @cases(450)
 @given(data=mutated(TIFFS))
 def test_damaged_tiffs(data, tmp_path):
     survives(tmp_path, ".tif", data, read_image, DataError)
-    survives(tmp_path, ".tif", data, read_instance_ids, DataError)
+    survives(tmp_path, ".tif", data, read_map, DataError)
 
 
 def mend_checksums(data: bytes) -> bytes:
@@ -313,7 +318,7 @@ def mend_checksums(data: bytes) -> bytes:
 def test_damaged_pngs(data, mended, tmp_path):
     data = mend_checksums(data) if mended else data
     survives(tmp_path, ".png", data, read_image, DataError)
-    survives(tmp_path, ".png", data, read_instance_ids, DataError)
+    survives(tmp_path, ".png", data, read_map, DataError)
 
 
 @pytest.mark.parametrize("value", [2**31 - 1, 2**32 - 1])

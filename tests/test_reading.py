@@ -147,10 +147,12 @@ def test_instances_equal_one_comparison_a_cell(tmp_path_factory, first, second):
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "u4", "i8", "f4", "f8", ">f8", ">u2"])
 def test_ids_of_any_type_are_read_alike(tmp_path, dtype):
     ids = np.array([[0, 7, 7], [200, 0, 0]], dtype)
-    tifffile.imwrite(tmp_path / "class1.tif", ids, byteorder=">" if ">" in dtype else "<")
-    read = reading.read_instance_ids(tmp_path / "class1.tif")
-    assert read.dtype == np.int32
-    assert read.tolist() == [[0, 7, 7], [200, 0, 0]]
+    folder = write_sample(tmp_path / "a", plain_image(2, 3))
+    tifffile.imwrite(folder / "class1.tif", ids, byteorder=">" if ">" in dtype else "<")
+    cells = reading.read_instances(reading.find_sample_files(folder), (2, 3))
+    assert cells.ids.tolist() == [7, 200]
+    assert cells.instance_map.dtype == np.int32
+    assert cells.instance_map.tolist() == [[[0, 1, 1], [2, 0, 0]]]
 
 
 @pytest.mark.parametrize("libtiff", [True, False])
@@ -247,7 +249,7 @@ def test_planes_stored_apart_and_white_stored_as_zero(tmp_path):
     assert np.array_equal(reading.read_image(tmp_path / "p.tif"), planes.transpose(1, 2, 0))
     tifffile.imwrite(tmp_path / "w.tif", np.uint8([[0, 255]]), photometric="miniswhite")
     assert reading.read_image(tmp_path / "w.tif")[..., 0].tolist() == [[255, 0]]
-    assert reading.read_instance_ids(tmp_path / "w.tif").tolist() == [[0, 255]]
+    assert read_pixels(tmp_path / "w.tif").tolist() == [[0, 255]]  # ids stay as they are
 
 
 def _write_map(folder, values):

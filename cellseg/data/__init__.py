@@ -9,7 +9,6 @@ from cellseg.data.reading import (
     CLASS_NAMES,
     find_sample_files,
     read_image,
-    read_instance_ids,
     read_sample,
 )
 from cellseg.data.release import (
@@ -65,7 +64,6 @@ __all__ = [
     "make_tissue",
     "nearest_training_images",
     "read_image",
-    "read_instance_ids",
     "read_sample",
     "read_test_index",
     "split_ids",

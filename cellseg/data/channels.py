@@ -18,6 +18,8 @@ from cellseg.data.reading import (
 Outcome = Literal["true", "swapped", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = ("true", "swapped", "undecided")
 
+MAX_IMAGES = 8
+"""No more images of a folder than this are looked at."""
 MIN_DIFFERENCE = 6.0
 """A folder is decided only if the median difference is at least this, in grey levels of 255."""
 MIN_AGREEMENT = 0.75
@@ -43,8 +45,6 @@ class ChannelOrder:
 def detect_channel_order(
     sample_folders: Sequence[str | Path | SampleFiles],
     class_names: Sequence[str] = CLASS_NAMES,
-    *,
-    max_images: int = 8,
 ) -> ChannelOrder:
     """Decide from several annotated images whether red and blue are swapped.
 
@@ -54,10 +54,9 @@ def detect_channel_order(
     or hold no cells or nothing but cells, say nothing.
 
     Args:
-        sample_folders: folders (or their files) in a fixed order; the images looked at are
+        sample_folders: folders (or their files) in a fixed order; the `MAX_IMAGES` looked at are
             spread evenly over those that have a class file.
         class_names: names of the classes 1..C.
-        max_images: look at no more images than this.
 
     Returns:
         "true" or "swapped" if the median difference is at least `MIN_DIFFERENCE` from 0 and
@@ -71,7 +70,7 @@ def detect_channel_order(
         for folder in sample_folders
     ]
     annotated = [files for files in listings if files.maps]
-    count = min(max_images, len(annotated))
+    count = min(MAX_IMAGES, len(annotated))
     chosen = [annotated[i * len(annotated) // count] for i in range(count)]
     measured = [_difference(files) for files in chosen]
     differences = tuple(value for value in measured if value is not None)

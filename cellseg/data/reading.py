@@ -181,20 +181,6 @@ def _to_uint8(pixels: np.ndarray, path: str | Path, highest: int | None) -> np.n
     raise DataError(f"{path} stores its pixels as {pixels.dtype}; save it with 8 or 16 bit")
 
 
-def read_instance_ids(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return one class's map of ids, whatever type the file stores them in.
-
-    Returns:
-        int32 array [H, W], 0 for background.
-
-    Raises:
-        DataError: if the file cannot be read, is not a single plane, or holds an id that is
-            negative, fractional, not a number or above 2**31 - 1.
-    """
-    runs, shape = _plane_runs(path, read_pixels(path, max_pixels=max_pixels))
-    return draw_runs(runs, shape[0] * shape[1]).reshape(shape)
-
-
 def count_cells(files: SampleFiles, num_labels: int) -> list[int]:
     """Return the number of cells of each class 1..num_labels, without decoding the image."""
     counts = [0] * num_labels
@@ -264,7 +250,8 @@ def read_instances(
     Costs one pass over each map's pixels, whatever the number of cells.
 
     Raises:
-        DataError: as `read_instance_ids`, and if a map is not of the image's size.
+        DataError: if a map cannot be read, is no plane of numbers or not of the image's size, or
+            holds an id that is negative, fractional, not a number or above 2**31 - 1.
     """
     parts = []
     layers: list[Runs] = []

@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 
 from cellseg.data.release import INDEX_NAME, TEST_NAME, TRAIN_NAME, Release
-from cellseg.data.tissue import DENSITY, SHARES, make_tissue
+from cellseg.data.tissue import DENSITY, make_tissue
 from cellseg.errors import DataError
 from cellseg.files import read_json, write_atomically
 
@@ -26,14 +26,12 @@ def make_sample_release(
     test_images: int = 6,
     seed: int = 0,
     image_size: int = 256,
-    density: float = DENSITY,
-    dense: bool = True,
 ) -> Release:
     """Write a release of made tissue, quirks of the genuine one included.
 
-    With four training images or more, one holds no cell at all and one lacks two class files;
-    with `dense`, one is crowded with lymphocytes. A second call with the same arguments does
-    nothing; with others it draws anew.
+    With four training images or more, one holds no cell at all, one lacks two class files and one
+    is crowded with lymphocytes. A second call with the same arguments does nothing; with others it
+    draws anew.
 
     Args:
         root: folder to fill with `train/`, `test_release/` and the index; made if missing.
@@ -41,8 +39,6 @@ def make_sample_release(
         test_images: number of images without truth.
         seed: the same arguments and seed give the same bytes.
         image_size: typical side, px; sides vary by 15 % and height differs from width.
-        density: cells a pixel, see `make_tissue`.
-        dense: whether to add the crowded image.
 
     Returns:
         the release that was written.
@@ -52,7 +48,7 @@ def make_sample_release(
     """
     root, index = Path(root), []
     release = Release(root, root / TRAIN_NAME, root / TEST_NAME, root / INDEX_NAME)
-    recipe = [_VERSION, train_images, test_images, seed, image_size, density, dense]
+    recipe = [_VERSION, train_images, test_images, seed, image_size]
     if _is_drawn(root, recipe):
         return release
     for number in range(train_images + test_images):
@@ -61,9 +57,7 @@ def make_sample_release(
         height = int(rng.integers(round(0.85 * image_size), round(1.15 * image_size) + 1))
         width = int(rng.integers(round(0.85 * image_size), round(1.15 * image_size) + 1))
         width += height == width
-        settings = {"density": density, "shares": SHARES}
-        if number < train_images and train_images >= 4:
-            settings |= _oddity(number, density, dense)
+        settings = _oddity(number) if number < train_images and train_images >= 4 else {}
         image, maps = make_tissue(height, width, seed=int(rng.integers(2**63)), **settings)
         if number < train_images:
             _write_sample(root / TRAIN_NAME / name, image, maps, rng)
@@ -94,14 +88,14 @@ def _is_drawn(root: Path, recipe: list) -> bool:
     return False
 
 
-def _oddity(number: int, density: float, dense: bool) -> dict:
+def _oddity(number: int) -> dict:
     """Return what is special about the first images: an empty, a poor and a dense one."""
     if number == 0:
         return {"density": 0.0}
     if number == 1:
         return {"shares": (0.5, 0.5, 0.0, 0.0)}
-    if number == 2 and dense:
-        return {"density": 2.0 * density, "shares": (0.12, 0.8, 0.04, 0.04)}
+    if number == 2:
+        return {"density": 2.0 * DENSITY, "shares": (0.12, 0.8, 0.04, 0.04)}
     return {}
 
 

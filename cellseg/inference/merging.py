@@ -31,15 +31,11 @@ def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
     return groups
 
 
-def neighbour_ious(
-    rles: Sequence[Rle], boxes: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def neighbour_ious(rles: Sequence[Rle]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the mask IoU of all pairs of masks whose boxes overlap.
 
     Args:
         rles: N masks of one image, {size, counts}.
-        boxes: float [N, 4] xyxy, half-open; the masks' tight boxes if None. Only pairs whose
-            boxes share some area are looked at.
 
     Returns:
         i, j: int64 [P], indices into `rles`, i < j, ascending by (i, j).
@@ -49,8 +45,7 @@ def neighbour_ious(
         ValueError: if the masks are of different size, or a mask's runs do not fill its size.
     """
     masks = MaskLine.from_rles(rles)
-    boxes = masks.boxes if boxes is None else np.asarray(boxes, dtype=float).reshape(-1, 4)
-    first, second = box_neighbours(boxes)
+    first, second = box_neighbours(masks.boxes)
     order = np.lexsort((second, first))
     first, second = first[order], second[order]
     return first, second, masks.ious(first, second)

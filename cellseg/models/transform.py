@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of each channel, images in 0-1: all weights' own
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIZE_DIVISIBLE = 64  # the coarsest stride, so that every level's stride is exact
 
@@ -21,23 +21,12 @@ class CellTransform(nn.Module):
     own resolution and find the factor under `map_scale` in the target.
     """
 
-    def __init__(
-        self,
-        image_scale: float = 1.0,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        """Set the transform up.
-
-        Args:
-            image_scale: network pixels per image pixel.
-            image_mean: mean of each channel, for images in 0-1.
-            image_std: standard deviation of each channel, for images in 0-1.
-        """
+    def __init__(self, image_scale: float = 1.0) -> None:
+        """Set the number of network pixels per image pixel."""
         super().__init__()
         self.image_scale = float(image_scale)
-        self.register_buffer("mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
