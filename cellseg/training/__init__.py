@@ -8,7 +8,7 @@ from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.launch import launch
 from cellseg.training.precision import pick_device
 from cellseg.training.results import read_truth, write_evaluation
-from cellseg.training.run import EpochSummary, Run, open_run, read_history
+from cellseg.training.run import EpochSummary, Run, open_run, read_history, read_prediction
 from cellseg.training.validation import to_device, validate
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "read_checkpoint",
     "read_folds",
     "read_history",
+    "read_prediction",
     "read_truth",
     "to_device",
     "train_folds",

@@ -151,7 +151,7 @@ def _train(
     """Train, or go on, in one folder of a run; yield its name and each epoch's summary."""
     train.transform = TrainTransform(**parts["transform"])
     about = {"recipe": _recipe(parts), "seed": seed, "name": name, "on_change": on_change}
-    about["groups"] = read_folds(run_dir).get("groups")
+    about |= {"groups": read_folds(run_dir).get("groups"), "prediction": parts["predict"]}
     ranks.from_first(partial(open_run, run_dir, model, train, val, **about))
     loaders = make_loaders(train, val, workers=workers, seed=seed, **parts["loaders"])
     settings = {**options, **parts["fit"], "seed": seed, "ranks": ranks}

@@ -124,6 +124,7 @@ def open_run(
     seed: int = 0,
     name: str | None = None,
     groups: Mapping[str, Hashable] | None = None,
+    prediction: Mapping[str, Any] | None = None,
     sample_data: bool = False,
     on_change: str = "refuse",
 ) -> Run:
@@ -142,6 +143,8 @@ def open_run(
         name: of the folder, instead of the default.
         groups: sample_id -> group (patient, slide) that the split kept together, stored so that
             intervals can be drawn by them; None if each sample stood alone.
+        prediction: settings of `predict_images` that the run remembers, for `read_prediction`.
+            They change no weights, so the latest ones are stored; None leaves what is there.
         sample_data: the data is made tissue; marks whatever is made from the run.
         on_change: what to do if the folder of this name belongs to a run with another recipe,
             other data or another seed: "refuse", or "continue" to go on with it, which is
@@ -155,7 +158,7 @@ def open_run(
     if on_change not in ("refuse", "continue"):
         raise SettingsError(f"on_change={on_change!r}; use refuse or continue")
     datasets = [train_dataset] if val_dataset is None else [train_dataset, val_dataset]
-    described = _describe(model, datasets, recipe, seed, groups, sample_data)
+    described = _describe(model, datasets, recipe, seed, groups, prediction, sample_data)
     settings = json.loads(json.dumps(described, default=str))  # as they will be read: lists
     identity = _digest(_identity(settings))
     short = model.spec["builder"].removeprefix("get_model_")
@@ -166,8 +169,13 @@ def open_run(
     if not stored:
         write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
         return Run(path, settings, 0)
+    if prediction is None:
+        settings["prediction"] = stored.get("prediction")
     if stored.get("identity") != identity:
         stored = _go_on_changed(path, stored, settings, on_change)
+    elif stored.get("prediction") != settings["prediction"]:
+        stored = stored | {"prediction": settings["prediction"]}
+        write_atomically(path / "settings.json", json.dumps(stored, indent=1) + "\n")
     return Run(path, stored, len(read_history(path)))
 
 
@@ -219,12 +227,31 @@ def read_settings(run_dir: str | Path) -> dict[str, Any]:
     return settings
 
 
+def read_prediction(run_dir: str | Path) -> dict[str, Any]:
+    """Return the settings of prediction that a run remembers, by name; empty if it has none.
+
+    What predicts with them finds cells as the run's records out of fold were found, and as its
+    test records, so that weights and thresholds fitted on the ones hold for the others.
+
+    Raises:
+        DataError: if settings.json is not as a run writes it.
+    """
+    prediction = read_settings(run_dir).get("prediction")
+    if not isinstance(prediction, dict | None):
+        raise DataError(
+            f"{Path(run_dir) / 'settings.json'}: prediction is {reprlib.repr(prediction)}; write "
+            'settings by their names, such as {"views": "turns"}, or null'
+        )
+    return prediction or {}
+
+
 def _describe(
     model: nn.Module,
     datasets: Sequence[CellDataset],
     recipe: Mapping[str, Any],
     seed: int,
     groups: Mapping[str, Hashable] | None,
+    prediction: Mapping[str, Any] | None,
     sample_data: bool,
 ) -> dict[str, Any]:
     """Return the settings that a report and a reader need to know the run by.
@@ -247,6 +274,7 @@ def _describe(
         "groups": None if groups is None else dict(sorted(groups.items())),
         "channel_order": train_dataset.channel_order,
         "recipe": dict(recipe),
+        "prediction": None if prediction is None else dict(prediction),
         "seed": seed,
         "versions": {
             "cellseg": cellseg.__version__,
