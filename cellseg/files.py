@@ -1,5 +1,6 @@
 """Files written whole or not at all, and read with errors that name them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cellseg.errors import DataError
+from cellseg.errors import DataError, SettingsError
 
 # What starts HTML, code, emphasis, a formula, a cell of a table, a new line or a link's address.
 _SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\](?=[(\[:])")
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @contextmanager
@@ -29,20 +31,27 @@ def open_atomically(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
     Yields:
         the open file.
+
+    Raises:
+        OSError: if it cannot be written; names the target.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    name = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and (name is None or error.filename in (None, name)):
+            error.filename = str(path)
         raise
 
 
@@ -57,6 +66,50 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a whole file, or leave the old one as it was."""
     with open_atomically(path, "w" if isinstance(data, str) else "wb") as file:
         file.write(data)
+
+
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Try before long work whether its result can be written.
+
+    Args:
+        path: the file to be written, or the folder to write into; nothing of it need exist.
+        folder: the path is the folder's.
+
+    Raises:
+        SettingsError: if it cannot; says why.
+    """
+    path = Path(path)
+    if not folder and os.path.isdir(path):
+        raise SettingsError(f"{path} is a folder; name a file in it")
+    nearest = path.absolute() if folder else path.absolute().parent
+    while not os.path.exists(nearest):
+        nearest = nearest.parent
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be written ({nearest}: {error.strerror}); {_remedy(error)}"
+        ) from None
+
+
+def tell_refusal(error: OSError) -> str | None:
+    """Return in one sentence what the system refused: the file, why, and the remedy.
+
+    None if no file is named and no disk is full: then there is no remedy to tell.
+    """
+    if error.filename is None and error.errno not in FULL:
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; {_remedy(error)}"
+
+
+def _remedy(error: OSError) -> str:
+    """Return what to do about a file that the system does not let us read or write."""
+    if error.errno in FULL:
+        return "make space and run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose another place, or change its rights"
+    return "check the path"
 
 
 def read_json(path: str | Path) -> Any:
@@ -74,7 +127,7 @@ def read_json(path: str | Path) -> Any:
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}); write it anew"
         ) from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise DataError(f"{path} holds a number that cannot be ({error})") from None
+        raise DataError(f"{path} holds a number that cannot be ({error}); write it anew") from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to be one of ours; write it anew") from None
 
@@ -89,11 +142,13 @@ def read_text(path: str | Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
+        raise DataError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise DataError(f"{path} cannot be opened ({error.strerror}); check the file") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def digest_files(paths: Iterable[str | Path]) -> str:

@@ -11,8 +11,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 
-from cellseg.errors import CellsegError, SettingsError
-from cellseg.files import write_atomically
+from cellseg.errors import CellsegError, DataError, SettingsError
+from cellseg.files import read_json, write_atomically
 
 _RUN_DIR_CELL = "print(run_dir)"
 
@@ -44,11 +44,12 @@ def execute_notebook(
         the path of the copy.
 
     Raises:
+        DataError: if the path does not exist or is no notebook.
         SettingsError: if a parameter is not a variable of the tagged cell.
         CellsegError: if a cell fails; names the cell, the error and the saved copy.
     """
     path = Path(path)
-    notebook = nbformat.read(path, as_version=4)
+    notebook = _read(path)
     if parameters:
         _inject(notebook, parameters, path)
     folder = path.resolve().parent
@@ -67,6 +68,15 @@ def execute_notebook(
     if failure is not None:
         raise CellsegError(_failure_text(failure, notebook, path, output_path)) from None
     return output_path
+
+
+def _read(path: Path) -> NotebookNode:
+    """Return a notebook; DataError if the file is missing or something else."""
+    read_json(path)  # says by name what is missing, or is not JSON
+    try:
+        return nbformat.read(path, as_version=4)
+    except (nbformat.ValidationError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a Jupyter notebook; name an .ipynb file") from error
 
 
 class _TellingClient(NotebookClient):

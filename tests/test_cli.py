@@ -1,16 +1,20 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from data_files import plain_image, write_sample
 from typer.testing import CliRunner
 
-from cellseg import cli, data
-from cellseg.cli import shared
+from cellseg import cli, data, presets
+from cellseg.cli import shared, training
+from cellseg.errors import SettingsError
+from cellseg.errors import SettingsError
 
 COMMANDS = ["sample", "audit", "train", "predict", "evaluate", "ensemble", "report", "run"]
 
@@ -35,6 +39,54 @@ def test_our_errors_are_one_line_and_exit_code_1():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "x"), "x: Permission denied; choose another"),
+        (OSError(28, "No space left on device", "x"), "x: No space left on device; make space"),
+        (OSError(28, "No space left on device"), "No space left on device; make space and run"),
+        (FileNotFoundError(2, "No such file", "x"), "x: No such file; check the path"),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses_is_one_line(error, told, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {told}")
+
+
+def test_an_error_without_a_remedy_keeps_its_traceback(monkeypatch):
+    for error in (OSError(9, "Bad file descriptor"), RuntimeError("ours")):
+        monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            cli.main()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "{file}/made"),
+        ("predict", "best.pt", "{file}/x.json", "--release", "nowhere"),
+        ("train", "nowhere", "--runs-dir", "{file}/runs"),
+        ("audit", "nowhere", "--figure", "{file}/x.png"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(arguments, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    result = run(*(argument.format(file=file) for argument in arguments))
+    assert isinstance(result.exception, SettingsError)
+    assert f"cannot be written ({file}: Not a directory); check the path" in str(result.exception)
+
+
+def test_a_figure_of_another_format_is_told_before_the_work(tmp_path):
+    result = run("audit", "nowhere", "--figure", tmp_path / "x.gif")
+    assert "x.gif has no format; let it end in .png, .svg or .pdf" in str(result.exception)
+
+
 @pytest.mark.slow
 def test_the_whole_way_from_sample_to_submission(tmp_path):
     made, runs = tmp_path / "data", tmp_path / "runs"
@@ -45,13 +97,17 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
     trained = run(
         "train", made / "train", "--backbone", "mobilenetv2", "--weights", "none",
         "--fpn-channels", 32, "--epochs", 1, "--crop-size", 64, "--runs-dir", runs,
-        "--name", "tiny", "--workers", 0, "--device", "cpu",
+        "--name", "tiny", "--workers", 0, "--device", "cpu", "--set", "flip=false",
+        "--set", "color=0.1",
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
+    settings = json.loads((runs / "tiny" / "settings.json").read_text())
+    assert (settings["recipe"]["flip"], settings["recipe"]["color"]) == (False, 0.1)
+    assert set(settings["groups"]) == {*settings["train_ids"], *settings["val_ids"]}
     assert "epoch 1: loss" in trained.output
 
     checkpoint, held = runs / "tiny" / "best.pt", tmp_path / "held.json"
-    ids = ",".join(json.loads((runs / "tiny" / "settings.json").read_text())["val_ids"])
+    ids = ",".join(settings["val_ids"])
     predicted = run("predict", checkpoint, held, "--train-dir", made / "train", "--ids", ids)
     assert predicted.exit_code == 0, predicted.output
     scores = json.loads(run("evaluate", held, made / "train", "--ids", ids).stdout)
@@ -64,6 +120,46 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
     assert merged.exit_code == 0, merged.output
     assert (tmp_path / "test-results.zip").exists()
     assert "pages" in run("report", runs / "tiny").output
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cascade", "--set cascade: write it as key=value"),
+        ("crop=3", "nothing takes the setting 'crop'; there are .*cascade.*views"),
+        ("seed=3", "--set seed: it has an option of its own, --seed"),
+        ("save_every=3", "it has an option of its own, --save-minutes"),
+    ],
+)
+def test_settings_that_nothing_takes_are_told_before_anything_is_read(given, message):
+    result = run("train", "nowhere", "--preset", "quick", "--set", given)
+    assert isinstance(result.exception, SettingsError)
+    assert re.search(message, str(result.exception))
+
+
+def test_every_setting_with_an_option_of_its_own_is_one_of_a_recipe():
+    presets.sort_settings(dict.fromkeys(training.OPTIONS))
+
+
+def test_images_that_are_alike_stay_on_one_side_of_the_split(tmp_path):
+    rng = np.random.default_rng(0)
+    pairs = ("ab", "cd", "ef")
+    for pair in pairs:
+        pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        for name in pair:
+            write_sample(tmp_path / name, pixels)
+    dataset = data.CellDataset(tmp_path)
+
+    def torn(split):
+        return [pair for pair in pairs if len(set(pair) & set(split.val_ids)) == 1]
+
+    for seed in range(5):
+        split = training.divide(dataset, None, 0.3, "alike", seed)
+        assert split.groups == {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3, "f": 3}
+        assert sorted(split.train_ids + split.val_ids) == list("abcdef") and not torn(split)
+    splits = [training.divide(dataset, None, 0.3, "random", seed) for seed in range(5)]
+    assert any(torn(split) for split in splits) and not any(split.groups for split in splits)
+    assert training.divide(dataset, ["a"], 0.3, "alike", 0) == (list("bcdef"), ["a"], None)
 
 
 def test_predict_wants_one_kind_of_images(tmp_path):

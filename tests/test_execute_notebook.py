@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from cellseg.errors import CellsegError, SettingsError
+from cellseg.errors import CellsegError, DataError, SettingsError
 from cellseg.notebook import execute_notebook
 
 
@@ -50,6 +50,27 @@ def test_failing_cell_is_named_and_the_copy_saved(tmp_path):
         1,
         0,
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; check the path"),
+        ("# words", "is not valid JSON"),
+        ("[]", "is not a Jupyter notebook; name an .ipynb file"),
+        ("{}", "is not a Jupyter notebook"),
+        ('{"nbformat": 4, "cells": [1]}', "is not a Jupyter notebook"),
+        ('{"nbformat": "x"}', "is not a Jupyter notebook"),
+        ('{"nbformat": 99, "cells": []}', "is not a Jupyter notebook"),
+    ],
+)
+def test_what_is_no_notebook_is_named(content, message, tmp_path):
+    path = tmp_path / "x.ipynb"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"x\.ipynb {message}"):
+        execute_notebook(path)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_unknown_parameter_is_named(tmp_path):

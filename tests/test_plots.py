@@ -9,6 +9,7 @@ from matplotlib.collections import LineCollection
 from cellseg import coco
 from cellseg.data.audit import Audit, ImageRow
 from cellseg.data.sizes import CellSizes
+from cellseg.errors import SettingsError
 from cellseg.report import plots
 from cellseg.report.outlines import count_cells, outlines_of_records, outlines_of_target
 from cellseg.report.style import class_colour, save_figure
@@ -165,5 +166,5 @@ def test_figures_leave_pyplot_alone(sample):
 
 
 def test_unknown_format_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"not 'curve\.gif'"):
+    with pytest.raises(SettingsError, match=r"curve\.gif has no format; let it end in \.png"):
         save_figure(plots.plot_learning_curves([]), tmp_path / "curve.gif")

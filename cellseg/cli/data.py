@@ -17,6 +17,7 @@ from cellseg.cli.shared import (
     read_ids,
 )
 from cellseg.errors import SettingsError
+from cellseg.files import check_writable
 
 if TYPE_CHECKING:
     from cellseg.exports import Picture
@@ -33,6 +34,7 @@ def sample(
     """Make a release of drawn tissue, to try the workflow without data."""
     from cellseg.data import make_sample_release
 
+    check_writable(folder, folder=True)
     release = make_sample_release(
         folder, train_images=train_images, test_images=test_images, image_size=image_size, seed=seed
     )
@@ -48,8 +50,11 @@ def audit(
     """Say what a folder of samples holds, and what in it looks like a mistake."""
     from cellseg.data import CellDataset
     from cellseg.data import audit as audit_dataset
-    from cellseg.report import plot_audit, save_figure
+    from cellseg.report import check_figure_path, plot_audit, save_figure
 
+    if figure is not None:
+        check_figure_path(figure)
+        check_writable(figure)
     found = audit_dataset(
         CellDataset(train_dir, class_names=pick_names(class_names, train_dir)), progress=True
     )

@@ -17,6 +17,7 @@ from cellseg.cli.shared import (
     read_ids,
 )
 from cellseg.errors import SettingsError
+from cellseg.files import check_writable
 
 
 @app.command()
@@ -57,6 +58,7 @@ def predict(
         raise SettingsError(
             "give either --release (test images), --train-dir (samples) or --image (a file)"
         )
+    check_writable(output)
     model = load_model(checkpoint, pick_device(device))
     options = {
         "views": views, "scales": scale or [1.0],

@@ -19,6 +19,7 @@ from cellseg.cli.shared import (
     read_ids,
 )
 from cellseg.errors import SettingsError
+from cellseg.files import check_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,6 +115,7 @@ def train(
     if train_on_all and not folds:
         raise SettingsError("--train-on-all comes after --folds; say how many")
     with join_ranks(device) as ranks:
+        ranks.from_first(partial(check_writable, runs_dir / (name or ""), folder=True))
         dataset = CellDataset(
             train_dir,
             class_names=pick_names(class_names, train_dir),

@@ -17,11 +17,12 @@ from cellseg.report.plots import (
     plot_sample,
     plot_truth_and_prediction,
 )
-from cellseg.report.style import save_figure
+from cellseg.report.style import check_figure_path, save_figure
 
 __all__ = [
     "Report",
     "build_report",
+    "check_figure_path",
     "plot_audit",
     "plot_augmentations",
     "plot_calibration",

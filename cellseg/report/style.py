@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cellseg.errors import SettingsError
 from cellseg.files import write_atomically
 
 # Okabe and Ito's colours (told apart with any colour vision), a little brighter, in the order in
@@ -61,6 +62,18 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
     axis.grid(axis="x", color=GRID, linewidth=0.8)
 
 
+def check_figure_path(path: str | Path) -> str:
+    """Return the format that the path of a figure ends in.
+
+    Raises:
+        SettingsError: if it is not one of those that are written.
+    """
+    kind = Path(path).suffix.lstrip(".").lower()
+    if kind not in _METADATA:
+        raise SettingsError(f"figure {path} has no format; let it end in .png, .svg or .pdf")
+    return kind
+
+
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     """Write a figure whole or not at all; the same figure gives the same bytes.
 
@@ -73,12 +86,10 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
         the path.
 
     Raises:
-        ValueError: if the path ends in something else.
+        SettingsError: if the path ends in something else.
     """
     path = Path(path)
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in _METADATA:
-        raise ValueError(f"a figure is written as {', '.join(_METADATA)}, not {path.name!r}")
+    kind = check_figure_path(path)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "cellseg"}):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])

@@ -1,6 +1,5 @@
 """A run's folder: one process at a time, and what is said if it cannot be written to."""
 
-import errno
 import json
 import os
 import socket
@@ -12,11 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cellseg.errors import TrainingError
+from cellseg.files import FULL
 
 LOCK_NAME = "run.lock"
 SILENT_AFTER = 300.0  # seconds without a sign of life after which another machine's lock is stale
 SIGN_EVERY = 30.0  # seconds between signs of life
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @contextmanager
