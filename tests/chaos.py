@@ -140,9 +140,9 @@ def stop_by_signals(bench: Bench) -> str:
 def _command_line(data: Path, runs: Path) -> subprocess.Popen:
     options = {
         "backbone": "mobilenetv2", "weights": "none", "fpn-channels": 16, "head-width": 32,
-        "rois-per-image": 32, "train-proposals": 16, "epochs": 500, "crop-size": 40, "workers": 2,
-        "device": "cpu", "class-names": "dark,light", "val-ids": "v", "runs-dir": runs,
-        "name": "r", "batch-size": 1, "validate-every": 500, "save-minutes": 0,
+        "rois-per-image": 32, "epochs": 500, "crop-size": 40, "workers": 2, "device": "cpu",
+        "class-names": "dark,light", "val-ids": "v", "runs-dir": runs, "name": "r",
+        "batch-size": 1, "validate-every": 500, "save-minutes": 0, "set": "train_proposals=16",
     }  # fmt: skip
     pairs = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     source = str(Path(__file__).resolve().parents[1])

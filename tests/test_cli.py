@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from cellseg import cli, data, presets
 from cellseg.cli import shared, training
 from cellseg.errors import SettingsError
-from cellseg.errors import SettingsError
 
 COMMANDS = ["sample", "audit", "train", "predict", "evaluate", "ensemble", "report", "run"]
 

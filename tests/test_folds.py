@@ -189,7 +189,7 @@ def test_the_command_trains_all_folds_and_then_on_all(dataset, tmp_path):
     options = (
         "--folds", 2, "--train-on-all", "--class-names", "dark,light", "--runs-dir", tmp_path,
         "--preset", "quick", "--fpn-channels", 16, "--head-width", 32, "--network-size", 40,
-        "--epochs", 1, "--draws-per-image", 1, "--workers", 0, "--device", "cpu",
+        "--epochs", 1, "--set", "draws_per_image=1", "--workers", 0, "--device", "cpu",
     )  # fmt: skip
     done = command(dataset.train_dir, *options)
     assert done.exit_code == 0, done.output
@@ -207,6 +207,8 @@ def test_the_command_trains_all_folds_and_then_on_all(dataset, tmp_path):
     [
         (["--folds", 2, "--val-ids", "a"], "--folds holds out every image; leave out --val-ids"),
         (["--train-on-all"], "--train-on-all comes after --folds; say how many"),
+        (["--folds", 2, "--groups", "random"], "--folds keeps together what is alike; leave out"),
+        (["--groups", "similar"], "--groups is 'similar'; use one of alike, random"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message, dataset, tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from cellseg.data import CellDataset
     from cellseg.training.distributed import Ranks
 
+ALIKE = "alike"
+GROUPS = (ALIKE, "random")
+OPTIONS = {
+    "seed": "--seed", "device": "--device", "workers": "--workers", "tracker": "--tracker",
+    "save_every": "--save-minutes", "keep_checkpoints": "--keep-checkpoints",
+}  # fmt: skip
+"""Settings of a recipe's parts that are no part of a recipe here, and their options."""
+
+
+class Split(NamedTuple):
+    """The ids of the samples on both sides, and their groups; None if each stands alone."""
+
+    train_ids: list[str]
+    val_ids: list[str]
+    groups: dict[str, int] | None
+
 
 @app.command()
 def train(
@@ -41,28 +57,34 @@ def train(
     ] = None,
     network_size: Annotated[int | None, option("Side of a crop, network pixels.")] = None,
     crop_size: Annotated[int | None, option("The same in image pixels, instead.")] = None,
-    crowded: Annotated[float | None, option("Share of crops laid about a cell, 0-1.")] = None,
-    stain: Annotated[float | None, option("Change of the stains, 0-1.")] = None,
-    color: Annotated[float | None, option("Change of brightness and colour, 0-1.")] = None,
     batch_size: Annotated[int | None, option("Crops a step.")] = None,
-    sampler: Annotated[str | None, option("shuffle, area or log_balanced.")] = None,
-    draws_per_image: Annotated[int | None, option("Crops of an image in an epoch.")] = None,
-    norm: Annotated[str | None, option("Norms that learn: auto, frozen, heads, trained.")] = None,
-    trainable_stages: Annotated[int | None, option("Backbone's stages that learn, 0-5.")] = None,
     fpn_channels: Annotated[int | None, option("Width of FPN, RPN and mask head.")] = None,
     head_width: Annotated[int | None, option("Units of the box head.")] = None,
     rois_per_image: Annotated[int | None, option("RoIs that the losses see.")] = None,
-    mask_rois: Annotated[int | None, option("Of these, cells that the mask loss sees.")] = None,
-    train_proposals: Annotated[int | None, option("Boxes that the RPN hands on of a crop.")] = None,
-    proposals: Annotated[int | None, option("The same at test, a megapixel.")] = None,
     learning_rate: Annotated[float | None, option("At its peak.")] = None,
-    ema_decay: Annotated[float | None, option("Of the weights' average, 0-1.")] = None,
     epochs: Annotated[int | None, option("Passes over the training images.")] = None,
     minutes: Annotated[float | None, option("Of training, after which the run ends.")] = None,
     validate_every: Annotated[int | None, option("Validate every so many epochs.")] = None,
     precision: Annotated[str | None, option("auto, float32, bfloat16 or float16.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other setting, such as cascade=true or scale_range=[0.8,1.25]; may be given "
+            "several times. A wrong key is told with all that there are.",
+            show_default=False,
+        ),
+    ] = None,
     val_ids: Ids = None,
     val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
+    groups: Annotated[
+        str,
+        typer.Option(
+            help="What that share keeps together: alike (images of one slide, as far as their "
+            "pixels tell: 17 s for 209 images) or random (nothing)."
+        ),
+    ] = "alike",
     folds: Annotated[int, option("Instead: so many models, each image held out by one.")] = 0,
     train_on_all: Annotated[bool, typer.Option(help="After folds: train on every image.")] = False,
     class_names: Names = None,
@@ -83,37 +105,28 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
 
-    With --folds similar images are held out together, each fold is a run in the run's folder, and
-    the records of all images, each by the model that did not see it, are in its oof.json.
+    With --folds images that are alike are held out together, each fold is a run in the run's
+    folder, and the records of all images, each by the model that did not see it, are in its
+    oof.json.
 
     Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
     after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
     """
     from cellseg import presets
-    from cellseg.data import CellDataset, TrainTransform
+    from cellseg.data import CellDataset
     from cellseg.training import join_ranks
 
-    model_settings = {
+    named = {
         "backbone": backbone, "weights": weights, "image_scale": image_scale,
-        "norm": norm, "trainable_stages": trainable_stages, "fpn_channels": fpn_channels,
-        "head_width": head_width, "rois_per_image": rois_per_image, "mask_rois": mask_rois,
-        "train_proposals": train_proposals, "proposals": proposals,
-    }  # fmt: skip
-    crop_settings = {
-        "network_size": network_size, "crop_size": crop_size, "crowded": crowded, "stain": stain,
-        "color": color, "batch_size": batch_size, "sampler": sampler,
-        "draws_per_image": draws_per_image,
-    }  # fmt: skip
-    schedule = {
+        "network_size": network_size, "crop_size": crop_size, "batch_size": batch_size,
+        "fpn_channels": fpn_channels, "head_width": head_width, "rois_per_image": rois_per_image,
         "epochs": epochs, "time_budget": None if minutes is None else minutes * 60,
-        "learning_rate": learning_rate, "ema_decay": ema_decay, "validate_every": validate_every,
-        "precision": precision,
+        "learning_rate": learning_rate, "validate_every": validate_every, "precision": precision,
     }  # fmt: skip
-    given = _without_none(model_settings | crop_settings | schedule)
-    if folds and val_ids:
-        raise SettingsError("--folds holds out every image; leave out --val-ids")
-    if train_on_all and not folds:
-        raise SettingsError("--train-on-all comes after --folds; say how many")
+    given = {key: value for key, value in named.items() if value is not None}
+    chosen = presets.pick_preset(device) if preset == "auto" else preset
+    recipe = presets.override(presets.preset(chosen), given | _read_settings(settings or []))
+    _check_split(groups, folds, val_ids, train_on_all)
     with join_ranks(device) as ranks:
         ranks.from_first(partial(check_writable, runs_dir / (name or ""), folder=True))
         dataset = CellDataset(
@@ -122,16 +135,11 @@ def train(
             seed=seed,
             cache_dir=runs_dir / "cache" if cache else None,
         )
-        train_ids, held_ids = ranks.from_first(
-            partial(_divide, dataset, read_ids(val_ids), val_fraction, seed)
-        )
-        train_data, val_data = dataset.subset(train_ids), dataset.subset(held_ids)
-        chosen = presets.pick_preset(device) if preset == "auto" else preset
-        recipe = presets.override(presets.preset(chosen), given)
-        sized = dataset if folds else train_data
+        make_split = partial(divide, dataset, read_ids(val_ids), val_fraction, groups, seed)
+        split = None if folds else ranks.from_first(make_split)
+        sized = dataset.subset(split.train_ids) if split else dataset
         recipe = ranks.from_first(partial(presets.settle_sizes, recipe, sized))
         parts = presets.sort_settings(recipe)
-        train_data.transform = TrainTransform(**parts["transform"])
         build = partial(
             presets.pick_builder(recipe["backbone"]),
             dataset.num_classes,
@@ -153,7 +161,7 @@ def train(
                 )  # fmt: skip
             else:
                 _train_once(
-                    build, train_data, val_data, parts, runs_dir, name,
+                    build, dataset, split, parts, runs_dir, name,
                     on_change=on_change, workers=workers, **options,
                 )  # fmt: skip
 
@@ -187,8 +195,8 @@ def told_if_stopped(tells: bool) -> Iterator[None]:
 
 def _train_once(
     build: Callable[[], "nn.Module"],
-    train_data: "CellDataset",
-    val_data: "CellDataset",
+    dataset: "CellDataset",
+    split: "Split",
     parts: dict[str, dict[str, Any]],
     runs_dir: Path,
     name: str | None,
@@ -200,17 +208,21 @@ def _train_once(
     **options: Any,
 ) -> None:
     """Train a model on one side of a split, and say where it lies."""
-    from cellseg.data import make_loaders
+    from cellseg.data import TrainTransform, make_loaders
     from cellseg.training import fit, open_run
 
     model = build()
+    train_data = dataset.subset(split.train_ids, transform=TrainTransform(**parts["transform"]))
+    val_data = dataset.subset(split.val_ids)
     open_it = partial(
-        open_run, runs_dir, model, train_data, val_data, seed=seed, name=name,
+        open_run, runs_dir, model, train_data, val_data, seed=seed, name=name, groups=split.groups,
         recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
     )  # fmt: skip
     run = ranks.from_first(open_it)
     if ranks.first:
-        typer.echo(f"{run.state}; channel order: {train_data.channel_order}; {model.provenance}")
+        sides = f"{len(train_data)} images to train on, {len(val_data)} held out"
+        typer.echo(f"{run.state}; {sides}")
+        typer.echo(f"channel order: {train_data.channel_order}; {model.provenance}")
     loaders = make_loaders(train_data, val_data, workers=workers, seed=seed, **parts["loaders"])
     for epoch in fit(
         model, *loaders, run_dir=run.path, seed=seed, ranks=ranks, **options, **parts["fit"]
@@ -253,16 +265,38 @@ def _train_folds(
         typer.echo(f"run folder: {run_dir}; out of fold: AP50 {scores['ap50']}")
 
 
-def _divide(
-    dataset: "CellDataset", val_ids: list[str] | None, val_fraction: float, seed: int
-) -> tuple[list[str], list[str]]:
-    """Return the ids of the samples to train on and of those held out."""
-    from cellseg.data import split_ids
+def divide(
+    dataset: "CellDataset", val_ids: list[str] | None, val_fraction: float, groups: str, seed: int
+) -> Split:
+    """Return the split that is asked for; images that are alike stay on one side of a share."""
+    from cellseg.data import group_by_similarity, split_ids
 
+    together = groups == ALIKE and val_ids is None
+    group_of = group_by_similarity(dataset, progress=True) if together else None
     counts = {name: dataset.class_counts(index) for index, name in enumerate(dataset.sample_ids)}
-    return split_ids(counts, val_fraction=val_fraction, seed=seed, val_ids=val_ids)
+    sides = split_ids(
+        counts, val_fraction=val_fraction, seed=seed, groups=group_of, val_ids=val_ids
+    )
+    return Split(*sides, group_of)
 
 
-def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given."""
-    return {name: value for name, value in settings.items() if value is not None}
+def _check_split(groups: str, folds: int, val_ids: str | None, train_on_all: bool) -> None:
+    """Raise SettingsError for options of a split that do not go together."""
+    if groups not in GROUPS:
+        raise SettingsError(f"--groups is {groups!r}; use one of {', '.join(GROUPS)}")
+    if folds and val_ids:
+        raise SettingsError("--folds holds out every image; leave out --val-ids")
+    if folds and groups != ALIKE:
+        raise SettingsError("--folds keeps together what is alike; leave out --groups")
+    if train_on_all and not folds:
+        raise SettingsError("--train-on-all comes after --folds; say how many")
+
+
+def _read_settings(texts: list[str]) -> dict[str, Any]:
+    """Return what --set says, unless it is what another option says."""
+    from cellseg.presets import read_overrides
+
+    settings = read_overrides(texts)
+    for name in settings.keys() & OPTIONS.keys():
+        raise SettingsError(f"--set {name}: it has an option of its own, {OPTIONS[name]}")
+    return settings
