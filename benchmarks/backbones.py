@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.made import cells_on_grid
+from benchmarks.made import cells_on_grid, leave_boxes
 from benchmarks.memory import run_alone, with_peak
 from benchmarks.section import markdown_table
 from cellseg.models import BUILDERS, count_trainable_parameters
@@ -36,9 +36,7 @@ def measure(name: str, device: str) -> list[str]:
     """Return a builder's row of the table."""
     model = BUILDERS[name](5, **NETWORK).to(device)
     image, target = _tissue(device)
-    # Random weights move boxes anywhere; unmoved ones are as many as in a trained model.
-    for layer in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
-        nn.init.zeros_(layer.weight)
+    leave_boxes(model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     costs = [
         _cost(partial(_predict, model, image), device),

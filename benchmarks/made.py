@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cellseg.data.runs import find_runs, measure_runs
@@ -75,6 +75,15 @@ def predicted_masks(count: int, side: int, *, seed: int = 0) -> tuple[Tensor, Te
     )
     masks = (6 * (0.8 - far) + waves).sigmoid()
     return masks, torch.cat([corners, corners + sides], dim=1)
+
+
+def leave_boxes(model: nn.Module) -> None:
+    """Let a model of random weights leave boxes where its anchors are, changed in place.
+
+    Random weights move boxes anywhere; unmoved ones are as many as in a trained model.
+    """
+    for layer in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
+        nn.init.zeros_(layer.weight)
 
 
 def write_sample(
