@@ -250,10 +250,12 @@ def read_records(
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordsError(f"{path} does not exist") from None
+        raise RecordsError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits
         reason = str(error).splitlines()[0]
-        raise RecordsError(f"{path} is not a JSON result file: {reason}", [reason]) from None
+        raise RecordsError(
+            f"{path} is not a JSON result file ({reason}); write it anew, or leave it out", [reason]
+        ) from None
     faults = check_records(
         records, image_ids=image_ids, category_ids=category_ids, image_sizes=image_sizes
     )
@@ -261,7 +263,12 @@ def read_records(
         shown = "\n  ".join(faults[:FAULTS_SHOWN])
         more = len(faults) - FAULTS_SHOWN
         tail = f"\n  and {more} more" if more > 0 else ""
-        raise RecordsError(f"{path} has {len(faults)} faults:\n  {shown}{tail}", faults)
+        raise RecordsError(
+            f"{path} has {len(faults)} fault{'s' * (len(faults) > 1)}; correct these records, or "
+            "write the file anew:\n"
+            f"  {shown}{tail}",
+            faults,
+        )
     return records
 
 

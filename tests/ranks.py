@@ -46,9 +46,13 @@ def make_data(folder: Path) -> None:
     write_squares(folder / "train", SAMPLES)
 
 
-def loaders(folder: Path, batch_size: int = 2, workers: int = 0) -> tuple[DataLoader, DataLoader]:
+def loaders(
+    folder: Path, batch_size: int = 2, workers: int = 0, cache_dir: Path | None = None
+) -> tuple[DataLoader, DataLoader]:
     """Return the loaders of five images to train on, one of them empty, and three others."""
-    dataset = CellDataset(folder / "train", class_names=CLASSES, channel_order="true")
+    dataset = CellDataset(
+        folder / "train", class_names=CLASSES, channel_order="true", cache_dir=cache_dir
+    )
     train = dataset.subset(list("abcde"), transform=TrainTransform(crop_size=40))
     return make_loaders(train, dataset.subset(list("fgh")), batch_size=batch_size, workers=workers)
 

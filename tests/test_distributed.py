@@ -1,5 +1,6 @@
 """Several processes that train one model, on the CPU by gloo: alike, exact, and ending together."""
 
+import importlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from cellseg.training import (
 from cellseg.training.distributed import ALONE, LOST, join_ranks
 from cellseg.training.outcome import read_outcome
 
+launcher = importlib.import_module("cellseg.training.launch")  # its name is a function's, too
 CLOCKED = ("seconds", "images_per_second", "peak_memory_mb")
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -238,6 +240,17 @@ def test_launch_names_what_it_cannot_hand_over(folder):
     pair[0].dataset.transform = Mine(crop_size=40)
     with pytest.raises(SettingsError, match="write a script and start it with torchrun"):
         next(launch(ranks.quick_model(), *pair, run_dir=folder / "no", processes=2))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_launched_processes_read_the_same_cache(cached, folder, tmp_path):
+    pair = ranks.loaders(folder, cache_dir=tmp_path / "cache" if cached else None)
+    launcher._describe(tmp_path, ranks.quick_model(), *pair, {})
+    for loader in launcher._loaders(read_checkpoint(tmp_path / launcher.START_NAME)):
+        cache = loader.dataset.cache
+        assert (cache and cache.folder) == ((tmp_path / "cache").resolve() if cached else None)
+        loader.dataset.read(0)
+    assert len(list(tmp_path.glob("cache/*.cells"))) == 2 * cached
 
 
 @pytest.mark.parametrize("builder", BUILDERS.values(), ids=list(BUILDERS))

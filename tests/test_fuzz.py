@@ -37,6 +37,7 @@ from cellseg.data.release import extract_archive
 from cellseg.data.sizes import CellSizes
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, CheckpointError, DataError, RecordsError, WeightsError
+from cellseg.evaluation import ClassCurve, Scores, curves_table
 from cellseg.files import escape_markdown, read_json, write_atomically
 from cellseg.models.weights import read_weights
 from cellseg.rle import encode_counts
@@ -647,7 +648,9 @@ def test_names_are_escaped_in_what_is_rendered(name, tmp_path):
     bad.write_text(json.dumps([RECORDS[0] | {"image_id": name}]), encoding="utf-8")
     none = CellSizes(np.zeros((0, 4)), *np.zeros((3, 0)))
     audit = Audit(("a",), [], none, "true", (), [Oddity(name, name, "overlap", name)])
-    for text in (ensemble_files(tmp_path).summary(), audit.table()):
+    curve = ClassCurve(1, 0, 0, 0, None, *np.zeros((3, 0)), best=None)
+    scores = Scores(*[None] * 6, {name: None}).table(), curves_table({name: curve})
+    for text in (ensemble_files(tmp_path).summary(), audit.table(), *scores):
         for piece in ("a|b", "`x`", "<script", "](java", "a\nb", "$x$"):
             assert piece not in text
     assert escape_markdown("TCGA-5P_x (2).tif [1, 2]") == "TCGA-5P_x (2).tif [1, 2]"

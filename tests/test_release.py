@@ -149,7 +149,7 @@ def test_release_dir_is_the_only_place_and_train_is_enough(project, tmp_path):
     with pytest.raises(DataError, match="nowhere does not exist"):
         find_release(project, release_dir=tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match="bare holds no train/"):
+    with pytest.raises(DataError, match=r"bare holds no train/.*; set it to the folder that"):
         find_release(project, release_dir=tmp_path / "bare")
 
 
@@ -332,7 +332,7 @@ def test_index_keeps_its_order(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "fault"),
     [
-        ({"a.tif": 1}, "holds a dict"),
+        ({"a.tif": 1}, "holds a dict.*; extract it again"),
         ([[1]], "row 0 is a list"),
         ([INDEX[0] | {"file_name": "../a.tif"}], "no plain file name"),
         ([INDEX[0] | {"file_name": "x\\a.tif"}], "no plain file name"),

@@ -123,7 +123,10 @@ def _explicit_release(path: Path, target: Path) -> Release:
             return _release_at(folder)
     for archive in _archives([path]):
         return extract_archive(archive, target)
-    raise DataError(f"release_dir {path} holds no {TRAIN_NAME}/ folder and no archive of one")
+    raise DataError(
+        f"release_dir {path} holds no {TRAIN_NAME}/ folder and no archive of one; set it to the "
+        "folder that does"
+    )
 
 
 def _is_extracted(folder: Path) -> bool:
@@ -324,7 +327,10 @@ def read_test_index(path: str | Path) -> list[TestImage]:
     path, images, faults = Path(path), [], []
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path} holds a {type(rows).__name__}, not a list of images")
+        raise DataError(
+            f"{path} holds a {type(rows).__name__}, not a list of images; extract it again or "
+            "correct it"
+        )
     names, ids = set(), set()
     for number, row in enumerate(rows):
         fault = _row_fault(row)

@@ -116,9 +116,9 @@ def _read_member(path: Path, allowed: Mapping[str, object]) -> Member:
         data = path.read_bytes()
         content = json.loads(data)  # from bytes, so that UTF-16 and a byte order mark are read
     except FileNotFoundError:
-        raise RecordsError(f"{path} does not exist") from None
+        raise RecordsError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = f"is not a JSON result file: {str(error).splitlines()[0]}"
+        reason = f"is not a JSON result file ({str(error).splitlines()[0]}); write it anew"
         raise RecordsError(f"{path} {reason}", [reason]) from None
     notes = mend_forms(content)
     faults = check_records(content, **allowed)

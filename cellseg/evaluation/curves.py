@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 from cellseg.coco import Record, rle_area
 from cellseg.evaluation.overlaps import Overlaps, find_overlaps, grouped_ap50
 from cellseg.evaluation.scores import Truth, mean_or_none
+from cellseg.files import escape_markdown
 
 CROWDED_WITHIN = 50.0  # px between box centres: about three cells at 40x
 BINS = 10
@@ -127,7 +128,8 @@ def curves_table(curves: Mapping[str, ClassCurve]) -> str:
         best = curve.best
         values = (best.threshold, best.precision, best.recall, best.f1) if best else ()
         shown = [f"{value:.3f}" for value in values] or ["-"] * 4
-        lines.append(f"| {name} | {counts} | {ap50} | {' | '.join(shown)} |")
+        row = f"{escape_markdown(name)} | {counts} | {ap50} | {' | '.join(shown)}"
+        lines.append(f"| {row} |")
     return "\n".join(lines)
 
 

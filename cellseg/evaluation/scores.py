@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from cellseg.coco import Record, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
 from cellseg.evaluation.matches import average_precision, match_records
+from cellseg.files import escape_markdown
 from cellseg.inference.merging import MaskLine, box_neighbours, group_by_image
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
@@ -53,7 +54,7 @@ def scores_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     for name, *values in rows:
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines.append(f"| {escape_markdown(name)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

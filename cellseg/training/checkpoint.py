@@ -22,6 +22,7 @@ STATE_NAME = "last.pt"
 PREVIOUS_NAME = "previous.pt"
 # In this order of age; a crash between two renames leaves the newest under `.new`.
 STATE_NAMES = (STATE_NAME, f"{STATE_NAME}.new", PREVIOUS_NAME)
+REMEDY = "use another one, or train again"
 MAX_DEPTH, MAX_VALUES = 20, 5_000_000  # of what a digest is taken; ours stay far below
 
 
@@ -51,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read ({error}); it is damaged or not a checkpoint of "
-            "cellseg: use another one, or train again"
+            f"cellseg: {REMEDY}"
         ) from error
     if not isinstance(content, dict) or content.get("mark") != MARK:
         raise CheckpointError(
@@ -67,8 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     rest = {k: v for k, v in content.items() if k not in ("mark", "format", "digest")}
     if number > 1 and not _fits_digest(rest, content.get("digest")):
         raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: its content does not match its digest; use another "
-            "one, or train again"
+            f"checkpoint {path} is damaged: its content does not match its digest; {REMEDY}"
         )
     return rest
 
@@ -176,13 +176,17 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Generali
     content = read_checkpoint(path)
     settings = content.get("settings", {})
     if not isinstance(content.get("spec", {}), dict) or not isinstance(settings, dict):
-        raise CheckpointError(f"{path} does not fit its own description: spec or settings")
+        raise CheckpointError(
+            f"{path} does not fit its own description: spec or settings; {REMEDY}"
+        )
     try:
         model = build_from_spec(content["spec"])
         model.load_state_dict(content.get("ema") or content["model"])
     except (SettingsError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} does not fit its own description: {reason}") from error
+        raise CheckpointError(
+            f"{path} does not fit its own description: {reason}; {REMEDY}"
+        ) from error
     model.provenance = content.get("provenance", "unknown")
     model.class_names = tuple(settings.get("class_names", ()))
     model.channel_order = settings.get("channel_order", "undecided")

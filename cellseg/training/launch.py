@@ -109,7 +109,10 @@ def train_launched(run_dir: str | Path) -> None:
         try:
             model.load_state_dict(start["model"])
         except RuntimeError as error:
-            raise CheckpointError(f"{START_NAME} does not fit its own description") from error
+            raise CheckpointError(
+                f"{Path(run_dir) / START_NAME} does not fit its own description; remove it and "
+                "launch again"
+            ) from error
         model.spec, model.provenance = start["spec"], start["provenance"]
         ranks.confirm()  # all have read it
         if ranks.first:
@@ -160,6 +163,7 @@ def _describe_dataset(dataset: Any) -> dict[str, Any]:
         "sample_ids": dataset.sample_ids,
         "channel_order": dataset.channel_order,
         "seed": dataset.seed,
+        "cache_dir": None if dataset.cache is None else str(dataset.cache.folder.resolve()),
         "transform": None if transform is None else vars(transform),
     }
 
