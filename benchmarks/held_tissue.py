@@ -60,6 +60,18 @@ def weights_file(data: Path, given: Path | None = None) -> Path:
     return path
 
 
+def all_samples(data: Path, kind: str, **options: Any) -> CellDataset:
+    """Return all tiles that have a truth, whole ("tiles") or as their pieces ("pieces").
+
+    Args:
+        data: the folder with consep/ and consep_tiles/.
+        kind: one of the two.
+        **options: for `CellDataset`.
+    """
+    train_dir = data / FOLDERS[kind] / "hw3-data-release" / "train"
+    return CellDataset(train_dir, class_names=CLASS_NAMES, **options)
+
+
 def training_samples(data: Path, kind: str, **options: Any) -> CellDataset:
     """Return the 21 training tiles, whole ("tiles") or as their pieces ("pieces").
 
@@ -91,13 +103,8 @@ def examined_samples(data: Path) -> dict[str, CellDataset]:
 
 def _samples(data: Path, kind: str, *, held: bool, **options: Any) -> CellDataset:
     """Return the samples of held or of other tiles."""
-    folder = data / FOLDERS[kind]
-    return CellDataset(
-        folder / "hw3-data-release" / "train",
-        class_names=CLASS_NAMES,
-        sample_ids=ids_of(folder / "provenance.json", held=held),
-        **options,
-    )
+    ids = ids_of(data / FOLDERS[kind] / "provenance.json", held=held)
+    return all_samples(data, kind, sample_ids=ids, **options)
 
 
 def predict_examined(predict: Predictor, data: Path, folder: Path) -> None:

@@ -43,12 +43,14 @@ from cellseg.training import load_model
 SPLITS = ("random", "grouped")
 
 
-def make_splits(samples: CellDataset, val_fraction: float) -> dict[str, tuple[list[str], ...]]:
+def make_splits(
+    samples: CellDataset, groups: Mapping[str, int], val_fraction: float
+) -> dict[str, tuple[list[str], ...]]:
     """Return `(train_ids, val_ids)` of each split; both are stratified by classes alike."""
     counts = {name: samples.class_counts(index) for index, name in enumerate(samples.sample_ids)}
-    groups = {"random": None, "grouped": group_by_similarity(samples)}
+    kept = {"random": None, "grouped": groups}
     return {
-        name: split_ids(counts, val_fraction=val_fraction, groups=groups[name]) for name in SPLITS
+        name: split_ids(counts, val_fraction=val_fraction, groups=kept[name]) for name in SPLITS
     }
 
 
@@ -89,7 +91,8 @@ def measure(
     tiles = tiles_of(data / FOLDERS["pieces"] / "provenance.json")
     settled = settle_sizes(recipe, samples)  # by all: one recipe for both splits
     found: dict[str, Any] = {"recipe": dict(recipe), "splits": {}}
-    for name, split in make_splits(samples, val_fraction).items():
+    splits = make_splits(samples, group_by_similarity(samples), val_fraction)
+    for name, split in splits.items():
         train, val = map(samples.subset, split)
         with processor_clock(threads):
             run_dir = train_recipe(settled, train, val, weights, folder / name)

@@ -1,6 +1,5 @@
 """Groups of similar images: pieces of one slide together, copies surely; and what leaks."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from data_files import write_sample
 from scipy.ndimage import gaussian_filter
 from tiny_models import tiny_model
 
+from benchmarks.consep_ids import tiles_of
+from benchmarks.groups_on_tissue import pair_agreement
 from cellseg.data import CellDataset
 from cellseg.data.descriptors import appearance, find_spots, look_at, pixel_digest, quarters
 from cellseg.data.links import BORDER, SAME, SHARED, find_links
@@ -227,13 +228,5 @@ def test_pieces_of_real_tiles_are_kept_together():
     start = time.process_time()
     groups = group_by_similarity(dataset)
     assert time.process_time() - start < 60
-    entries = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["images"]
-    tile_of = {entry["uuid"]: entry.get("tile", entry.get("source")) for entry in entries}
-    tiles = np.array([tile_of[name] for name in dataset.sample_ids])
-    found = np.array([groups[name] for name in dataset.sample_ids])
-    pairs = np.triu_indices(len(tiles), 1)
-    same_tile = (tiles[:, None] == tiles)[pairs]
-    together = (found[:, None] == found)[pairs]
-    assert (same_tile & together).sum() / same_tile.sum() >= 0.9
-    assert (same_tile & together).sum() / together.sum() >= 0.5
-    assert np.bincount(found).max() / len(found) <= 0.15
+    found = pair_agreement(groups, tiles_of(folder / "provenance.json"))
+    assert found.recall >= 0.9 and found.precision >= 0.5 and found.largest <= 0.15
