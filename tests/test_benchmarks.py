@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import make_image, make_target
 
+import benchmarks
 from benchmarks import end_to_end, memory, run, stages_files, stages_model
 from benchmarks.made import cells_on_grid, jittered_boxes, predicted_masks, write_sample
 from benchmarks.memory import with_peak
@@ -51,7 +52,12 @@ def make_result(**changes):
 
 def test_every_row_of_the_table_is_measured():
     assert set(run.STAGES) >= ROWS
-    assert all(name == stage.name for name, stage in run.STAGES.items())
+    assert len(run.STAGES) == len(run.EVERY_STAGE)
+
+
+def test_every_module_is_told_of():
+    names = {path.stem for path in run.FOLDER.glob("*.py")} - {"__init__"}
+    assert [name for name in sorted(names) if f"`{name}`" not in benchmarks.__doc__] == []
 
 
 def test_times_of_both_sides_and_their_ratio():
