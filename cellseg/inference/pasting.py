@@ -42,7 +42,8 @@ def masks_to_rles(
         mask_threshold: a pixel belongs to the cell if its probability is greater; 0-1.
         paste: "aligned" samples the mask at each pixel's centre, at the box's sub-pixel place
             (Detectron2's `paste_masks_in_image`); "torchvision" resizes it to the box rounded to
-            whole pixels, byte for byte as torchvision's `paste_masks_in_image` does on a CPU.
+            whole pixels, byte for byte as torchvision's `paste_masks_in_image` does on a CPU, for
+            comparison with its results.
 
     Returns:
         list of N RLEs; a mask without a pixel over the threshold comes out empty.

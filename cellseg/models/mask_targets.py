@@ -29,8 +29,8 @@ def sample_mask_targets(
         instances: int64 [K], instance of each RoI.
         rois: float [K, 4], xyxy in the map's pixels (half-open, sub-pixel).
         output_size: M, bins a side.
-        aligned: shift by half a pixel so that pixel i covers [i, i + 1); False is torchvision's
-            older convention, with sides of at least one pixel.
+        aligned: shift by half a pixel so that pixel i covers [i, i + 1); False is the older
+            convention, with sides of at least one pixel, for comparison with torchvision's models.
 
     Returns:
         [K, M, M] in 0-1, of the RoIs' floating-point type.
