@@ -1,10 +1,14 @@
 """The audit counts what is there and names what is odd."""
 
+import json
+
 import numpy as np
 import pytest
 import tifffile
 from data_files import plain_image, stained_sample, write_sample
+from typer.testing import CliRunner
 
+from cellseg import cli
 from cellseg.data.audit import Oddity, audit
 from cellseg.data.dataset import CellDataset
 from cellseg.errors import DataError
@@ -79,6 +83,58 @@ def test_clean_folder_says_so_and_tells_its_channel_order(tmp_path):
     table = audit(CellDataset(tmp_path)).table()
     assert "swapped (BGR as stored, mended on reading)" in table
     assert "No oddities." in table
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Return a folder of four images, of which d is a mirrored copy of a."""
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (40, 50, 3), dtype=np.uint8) for name in "abc"}
+    for name, image in (images | {"d": images["a"][:, ::-1].copy()}).items():
+        write_sample(tmp_path / "train" / name, image)
+    return tmp_path / "train"
+
+
+def audit_command(*arguments):
+    texts = [str(argument) for argument in arguments]
+    return CliRunner().invoke(cli.app, ["audit", *texts])
+
+
+def test_the_command_tells_what_samples_to_be_held_out_share(copied, tmp_path):
+    picture = tmp_path / "closest.png"
+    told = audit_command(copied, "--val-ids", "c,d", "--leaks-figure", picture)
+    assert told.exit_code == 0, told.output
+    assert "2 validation images have in common" in told.output
+    assert "| d | a | 0.000 | the same pixels |" in told.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "validation images" not in audit_command(copied).output
+
+
+def test_the_command_tells_what_leaks_in_a_run(copied, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    sides = {"train_ids": ["a", "b"], "val_ids": ["c", "d"]}
+    (run / "settings.json").write_text(json.dumps(sides), encoding="utf-8")
+    told = audit_command(copied, "--run", run)
+    assert told.exit_code == 0, told.output
+    assert "| d | a | 0.000 | the same pixels |" in told.output
+    assert f"closest pairs: {run / 'figures' / 'leaks.png'}" in told.output
+    assert (run / "figures" / "leaks.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({}, [], "no settings.json that tells of images held out; name a run's folder, of one by"),
+        ({"train_ids": ["a"], "val_ids": []}, [], "tells of images held out"),
+        ({}, ["--val-ids", "a"], "--run tells what is held out; leave out --val-ids"),
+        ({"train_ids": ["a"], "val_ids": ["z"]}, [], "has no sample 'z'"),
+    ],
+)
+def test_a_run_without_a_split_is_told(settings, options, message, copied, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    told = audit_command(copied, "--run", tmp_path, *options)
+    assert message in str(told.exception)
 
 
 def test_file_that_cannot_be_read_stops_the_audit_by_name(odd_folder):

@@ -407,6 +407,21 @@ def test_the_run_of_made_tissue_lies_beside_its_predictions(tmp_path):
     assert result_of(check(tmp_path, good_records()), "compliance: quick").result == "ok"
 
 
+def test_the_runs_may_lie_in_a_folder_of_their_own(tmp_path):
+    (tmp_path / "drive" / "far").mkdir(parents=True)
+    (tmp_path / "drive" / "far" / "settings.json").write_text(json.dumps(SETTINGS))
+    project = tmp_path / "project"
+    (project / "predictions").mkdir(parents=True)
+    (project / "predictions" / "far.json").write_text("[]")
+    _, path = write_submission(good_records(), project)
+    assert result_of(check_submission(path), "compliance: far").result == "note"
+    found = result_of(check_submission(path, runs_dir=tmp_path / "drive"), "compliance: far")
+    assert (found.result, found.detail) == ("ok", compliance(SETTINGS))
+    arguments = ["submission", "check", str(path), "--index", str(write_index(tmp_path))]
+    done = CliRunner().invoke(cli.app, [*arguments, "--runs-dir", str(tmp_path / "drive")])
+    assert "| compliance: far | ok | 44.0 M trainable parameters" in done.output
+
+
 def crowded_records(images):
     """Return 250 records of one class an image: 25 squares, each in ten places a pixel apart."""
     rles = [block(20 * row, 4 + k, 12, 12, (512, 40)) for row in range(25) for k in range(10)]

@@ -16,10 +16,11 @@ from cellseg.cli.shared import (
     pick_names,
     read_ids,
 )
-from cellseg.errors import SettingsError
+from cellseg.errors import DataError, SettingsError
 from cellseg.files import check_writable
 
 if TYPE_CHECKING:
+    from cellseg.data import CellDataset
     from cellseg.exports import Picture
 
 
@@ -46,21 +47,72 @@ def audit(
     train_dir: TrainDir,
     class_names: Names = None,
     figure: Annotated[Path | None, typer.Option(help="Where to save the figure, .png.")] = None,
+    val_ids: Annotated[
+        str | None,
+        option("Samples to be held out (as of train): say what they share with the others, too."),
+    ] = None,
+    run: Annotated[Path | None, option("The same of the split of this run's folder.")] = None,
+    leaks_figure: Annotated[
+        Path | None,
+        option("Where to save the closest pairs, .png; of a run by default its figures/leaks.png."),
+    ] = None,
 ) -> None:
-    """Say what a folder of samples holds, and what in it looks like a mistake."""
+    """Say what a folder of samples holds, and what in it looks like a mistake.
+
+    With --val-ids or --run also what leaks: each validation image's nearest training image, and
+    whether they share a border, tissue or all their pixels.
+    """
     from cellseg.data import CellDataset
     from cellseg.data import audit as audit_dataset
     from cellseg.report import check_figure_path, plot_audit, save_figure
 
-    if figure is not None:
-        check_figure_path(figure)
-        check_writable(figure)
-    found = audit_dataset(
-        CellDataset(train_dir, class_names=pick_names(class_names, train_dir)), progress=True
-    )
+    dataset = CellDataset(train_dir, class_names=pick_names(class_names, train_dir))
+    sides = _read_sides(dataset, read_ids(val_ids), run)
+    if run is not None and leaks_figure is None:
+        leaks_figure = run / "figures" / "leaks.png"
+    for path in filter(None, (figure, leaks_figure)):
+        check_figure_path(path)
+        check_writable(path)
+    found = audit_dataset(dataset, progress=True)
     typer.echo(found.table())
     if figure is not None:
         typer.echo(f"figure: {save_figure(plot_audit(found), figure)}")
+    if sides is not None:
+        _tell_leaks(dataset, sides, leaks_figure)
+
+
+def _read_sides(
+    dataset: "CellDataset", val_ids: list[str] | None, run: Path | None
+) -> tuple[list[str], list[str]] | None:
+    """Return the training and the validation samples that are told, None if none are."""
+    from cellseg.training.run import read_settings
+
+    if run is None:
+        rest = sorted(set(dataset.sample_ids) - set(val_ids or ()))
+        return None if val_ids is None else (rest, val_ids)
+    if val_ids is not None:
+        raise SettingsError("--run tells what is held out; leave out --val-ids")
+    settings = read_settings(run)
+    sides = settings.get("train_ids"), settings.get("val_ids")
+    if not all(isinstance(side, list) and side for side in sides):
+        raise DataError(
+            f"{run} has no settings.json that tells of images held out; name a run's folder, of "
+            "one by folds that of a fold"
+        )
+    return sides
+
+
+def _tell_leaks(
+    dataset: "CellDataset", sides: tuple[list[str], list[str]], figure: Path | None
+) -> None:
+    """Say what validation images share with training images, and save the closest pairs."""
+    from cellseg.data import leaks_table, nearest_training_images
+    from cellseg.report import plot_leaks, save_figure
+
+    nearest = nearest_training_images(dataset, *sides, progress=True)
+    typer.echo(f"\n{leaks_table(nearest)}")
+    if figure is not None:
+        typer.echo(f"closest pairs: {save_figure(plot_leaks(nearest, dataset), figure)}")
 
 
 @app.command("import")

@@ -216,7 +216,8 @@ def _train_once(
     val_data = dataset.subset(split.val_ids)
     open_it = partial(
         open_run, runs_dir, model, train_data, val_data, seed=seed, name=name, groups=split.groups,
-        recipe=parts["transform"] | parts["loaders"] | parts["fit"], on_change=on_change,
+        recipe=parts["transform"] | parts["loaders"] | parts["fit"], prediction=parts["predict"],
+        on_change=on_change,
     )  # fmt: skip
     run = ranks.from_first(open_it)
     if ranks.first:

@@ -90,6 +90,7 @@ def check_submission(
     index_path: str | Path | None = None,
     num_classes: int = 4,
     project_dir: str | Path | None = None,
+    runs_dir: str | Path | None = None,
 ) -> SubmissionCheck:
     """Return what is right and what is wrong with a file to hand in.
 
@@ -101,8 +102,10 @@ def check_submission(
         index_path: the release's `test_image_name_to_ids.json`; without it any id is allowed,
             and sizes are compared among the records of an image.
         num_classes: classes 1..N may occur.
-        project_dir: holds `predictions/` and the runs that its files are named after, for the
-            lines on the course's rules; the file's own folder by default.
+        project_dir: holds `predictions/`, for the lines on the course's rules; the file's own
+            folder by default.
+        runs_dir: holds the runs that the files there are named after; by default `runs/` in
+            `project_dir`, or that itself.
 
     Raises:
         DataError: if the index cannot be used.
@@ -122,7 +125,8 @@ def check_submission(
     findings += forms
     if sound:
         findings += [*_check_masks(sound), *_check_coverage(sound, index)]
-    findings += _check_members(path.parent if project_dir is None else Path(project_dir))
+    project = path.parent if project_dir is None else Path(project_dir)
+    findings += _check_members(project, None if runs_dir is None else Path(runs_dir))
     return SubmissionCheck(path, findings)
 
 
@@ -304,10 +308,10 @@ def _check_coverage(records: Numbered, index: Sequence[TestImage] | None) -> lis
     return [Finding("images without records", "warning", named), many]
 
 
-def _check_members(project_dir: Path) -> list[Finding]:
+def _check_members(project_dir: Path, runs_dir: Path | None) -> list[Finding]:
     """Return a finding on the course's rules for each result file in `predictions/`."""
     findings = []
-    for name, settings in member_settings(project_dir).items():
+    for name, settings in member_settings(project_dir, runs_dir).items():
         check, line = f"compliance: {name}", compliance(settings)
         if breaks_limit(settings):
             findings.append(_judge(check, [f"{name} in predictions/: {line}; leave it out"]))

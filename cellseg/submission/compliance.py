@@ -1,6 +1,6 @@
 """What is known of the runs behind a hand-in, held against the course's rules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ def breaks_limit(run_settings: Settings | None) -> bool:
     return type(number) is int and number >= MAX_TRAINABLE_PARAMETERS
 
 
-def member_settings(project_dir: Path) -> dict[str, Settings | None]:
+def member_settings(project_dir: Path, runs_dir: Path | None = None) -> dict[str, Settings | None]:
     """Return the settings of the runs that the members of an ensemble are named after.
 
     The members are those in the manifest beside the result, else the files in `predictions/`.
 
     Args:
-        project_dir: holds the result, `predictions/` and, under `runs/` or beside it, the runs'
-            folders.
+        project_dir: holds the result and `predictions/`.
+        runs_dir: holds the runs' folders; by default they are looked for under `runs/` in the
+            project's folder and in itself.
 
     Returns:
         name of the file without .json -> settings, None where no run of that name is found.
@@ -47,12 +48,12 @@ def member_settings(project_dir: Path) -> dict[str, Settings | None]:
     if names is None:
         files = sorted((project_dir / "predictions").glob("*.json"))
         names = [file.stem for file in files if file.name[0] != "."]
-    return {name: _read_settings(project_dir, name) for name in names}
+    places = (project_dir / "runs", project_dir) if runs_dir is None else (runs_dir,)
+    return {name: _read_settings([place / name for place in places]) for name in names}
 
 
-def _read_settings(project_dir: Path, name: str) -> Settings | None:
-    """Return the settings of a run, of one by folds those of a part; None if there are none."""
-    runs = (project_dir / "runs" / name, project_dir / name)
+def _read_settings(runs: Sequence[Path]) -> Settings | None:
+    """Return the settings of the first run that has some, of one by folds those of a part."""
     for folder in (run / part for run in runs for part in ("", "all", "fold1")):
         try:
             settings = read_json(folder / "settings.json")
