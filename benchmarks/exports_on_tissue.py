@@ -74,7 +74,8 @@ def tissue_rows(dataset: CellDataset, folder: Path) -> list[Row]:
     pictures = pictures_of_samples(dataset)
     cells = cells_by_picture(pictures, dataset_truth(dataset)["annotations"])
     given = (pictures, cells, dataset.class_names)
-    number, area = sum(map(len, cells)), sum(sum(_areas(found)) for found in cells)
+    number = sum(map(len, cells))
+    area = int(rle_area([cell["segmentation"] for found in cells for cell in found]).sum())
     coco, outlines = folder / "cells.json", folder / "outlines"
     _, coco_seconds = clocked(partial(write_coco, coco, *given))
     _, labels_seconds = clocked(partial(write_labels, folder / "labels", *given))
@@ -146,11 +147,6 @@ def overlapping_pairs(records: Sequence[Record]) -> int:
         groups.setdefault((record["image_id"], record["category_id"]), []).append(record)
     ious = (neighbour_ious([r["segmentation"] for r in group])[2] for group in groups.values())
     return sum(int((iou > 0).sum()) for iou in ious)
-
-
-def _areas(cells: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the pixels of each cell."""
-    return [int(area) for area in rle_area([cell["segmentation"] for cell in cells])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
