@@ -9,7 +9,6 @@ import pytest
 import torch
 from data_files import write_sample
 from scipy.ndimage import gaussian_filter
-from tiny_models import tiny_model
 
 from benchmarks.consep_ids import tiles_of
 from benchmarks.groups_on_tissue import pair_agreement
@@ -26,7 +25,6 @@ from cellseg.data.similarity import (
 )
 from cellseg.data.stain import STAINS
 from cellseg.errors import SettingsError
-from cellseg.inference.embedding import backbone_embedding
 from cellseg.report.leaks import plot_leaks
 
 real_data = pytest.mark.skipif("CELLSEG_DATA" not in os.environ, reason="CELLSEG_DATA is not set")
@@ -153,23 +151,6 @@ def test_images_too_small_for_anything_are_described(tmp_path):
     groups = group_by_similarity(dataset)
     assert sorted(groups) == list("abcdef") and len(set(groups.values())) == 6
     assert group_by_similarity(dataset.subset(["a"])) == {"a": 1}
-
-
-def test_an_embedding_takes_the_place_of_appearance(dataset):
-    brightness = group_by_similarity(
-        dataset.subset(["0a", "0b", "1a"]), max_share=1.0, embed=lambda image: [image.sum() * 0.0]
-    )
-    assert len(set(brightness.values())) == 1  # nothing tells them apart
-
-
-def test_a_backbone_describes_images(dataset, pieces):
-    model = tiny_model().eval()
-    embed = backbone_embedding(model)
-    vector = embed(pieces["0a"])
-    assert vector.shape == (24 + 32 + 96 + 320,)  # MobileNetV2's four taps
-    torch.testing.assert_close(embed(pieces["0a"]), vector)
-    groups = group_by_similarity(dataset.subset(["0a", "0b", "1a"]), max_share=0.7, embed=embed)
-    assert groups["0a"] == groups["0b"] != groups["1a"]
 
 
 @pytest.mark.parametrize("max_share", [0, -1, 1.5, float("nan")])

@@ -1,18 +1,13 @@
 """What an image looks like, in numbers: its stains, its texture, and marks to find it again by."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 from skimage.feature import local_binary_pattern, peak_local_max
-
-Embedding = Callable[[torch.Tensor], Any]
-"""Image uint8 [3, H, W] -> vector [D], such as the pooled features of a backbone."""
 
 MIN_PART = 32  # pixels a side of a quarter; smaller images are described whole
 MIN_DEPTH = 24  # least contrast of a spot, in thousandths of density
@@ -39,17 +34,14 @@ class Look:
     digest: str
 
 
-def look_at(image: torch.Tensor, embed: Embedding | None = None) -> Look:
-    """Return what an image, uint8 [3, H, W], looks like; `embed` takes the place of `appearance`.
+def look_at(image: torch.Tensor) -> Look:
+    """Return what an image, uint8 [3, H, W], looks like.
 
     Nothing is resized: images of one magnification are compared.
     """
-    describe = embed or appearance
-    with torch.no_grad():
-        parts = [np.asarray(describe(part), dtype=np.float64).ravel() for part in quarters(image)]
     density = optical_density(image.numpy())
     return Look(
-        parts=np.array(parts),
+        parts=np.array([appearance(part) for part in quarters(image)], dtype=np.float64),
         spots=find_spots(density.mean(axis=0)),
         borders={
             "top": _changes(density[:, 0]),

@@ -15,7 +15,7 @@ from scipy.spatial.distance import pdist, squareform
 from tqdm.auto import tqdm
 
 from cellseg.data.dataset import CellDataset, SampleImages
-from cellseg.data.descriptors import Embedding, Look, look_at
+from cellseg.data.descriptors import Look, look_at
 from cellseg.data.links import BORDER, SAME, SHARED, find_links
 from cellseg.errors import SettingsError
 
@@ -43,8 +43,7 @@ class Nearest:
         distance: 0 for the same pixels; 1 is as far as two quarters of one image are on average.
             It is divided by a hundred where the two are known to lie in one place.
         cue: what they have in common: "the same pixels", "shared tissue", "a shared border", or
-            no more than "colour and
-            texture".
+            no more than "colour and texture".
     """
 
     val_id: str
@@ -57,7 +56,6 @@ def group_by_similarity(
     dataset: CellDataset,
     *,
     max_share: float = MAX_SHARE,
-    embed: Embedding | None = None,
     progress: bool = False,
 ) -> dict[str, int]:
     """Return a group for each image: those of one slide, as far as pixels tell, fall together.
@@ -71,7 +69,6 @@ def group_by_similarity(
     Args:
         dataset: its images are read, its annotations are not.
         max_share: largest share of all images in one group, over 0, at most 1.
-        embed: describes images instead of `appearance`; the features of a trained backbone, say.
         progress: show a bar.
 
     Returns:
@@ -83,7 +80,7 @@ def group_by_similarity(
     """
     if not 0 < max_share <= 1:
         raise SettingsError(f"max_share is {max_share}; it must lie over 0 and at most at 1")
-    looks = _look_at_all(dataset, embed, progress)
+    looks = _look_at_all(dataset, progress)
     distances = group_distances(looks, find_links(looks))
     numbers: dict[str, int] = {}
     for number, members in enumerate(_cut(distances, int(max_share * len(looks))), start=1):
@@ -96,7 +93,6 @@ def nearest_training_images(
     train_ids: Iterable[str],
     val_ids: Iterable[str],
     *,
-    embed: Embedding | None = None,
     progress: bool = False,
 ) -> list[Nearest]:
     """Return for each validation image the training image most like it, the closest pair first.
@@ -105,7 +101,6 @@ def nearest_training_images(
         dataset: holds the images of both sides.
         train_ids: samples trained on.
         val_ids: samples validated on.
-        embed: as in `group_by_similarity`.
         progress: show a bar.
 
     Raises:
@@ -119,7 +114,7 @@ def nearest_training_images(
             f"{len(train_ids & val_ids)} of them both; give two sides that have nothing in common"
         )
     both = dataset.subset([*train_ids, *val_ids])
-    looks = _look_at_all(both, embed, progress)
+    looks = _look_at_all(both, progress)
     links = find_links(looks)
     distances = _brought_closer(appearance_distances(looks), links)
     is_train = np.array([name in train_ids for name in both.sample_ids])
@@ -155,11 +150,11 @@ def leaks_table(nearest: Sequence[Nearest], *, rows: int = 10) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _look_at_all(dataset: CellDataset, embed: Embedding | None, progress: bool) -> list[Look]:
+def _look_at_all(dataset: CellDataset, progress: bool) -> list[Look]:
     """Return what every image of a dataset looks like."""
     images = SampleImages(dataset)
     indices = tqdm(range(len(images)), desc="look", unit="image", disable=not progress, leave=False)
-    return [look_at(images[index][0], embed) for index in indices]
+    return [look_at(images[index][0]) for index in indices]
 
 
 def appearance_distances(looks: Sequence[Look]) -> np.ndarray:
