@@ -33,7 +33,7 @@ test: $(STAMP) ## run all tests
 test-fast: $(STAMP) ## run the tests that take no more than a few seconds each
 	$(PY) -m pytest -m "not slow"
 
-chaos: $(STAMP) ## cause every fault that a run must survive; about ten minutes
+chaos: $(STAMP) ## cause every fault that a run must survive; under six minutes on two cores
 	@$(PY) tests/chaos.py
 
 fuzz: $(STAMP) ## try many more broken and hostile files than the tests do: make fuzz TIMES=50
