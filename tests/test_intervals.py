@@ -8,6 +8,7 @@ import pytest
 from cellseg.coco import make_record, mask_to_rle
 from cellseg.errors import RecordsError, SettingsError
 from cellseg.evaluation import (
+    class_bootstrap,
     compare_records,
     image_bootstrap,
     score_nuclei,
@@ -99,6 +100,21 @@ def test_interval_of_two_images_by_hand():
     assert (interval.low, interval.high) == (0.0, 1.0)
     assert interval.value == pytest.approx(51 / 101)
     assert str(interval) == "0.505 (0.000-1.000)"
+
+
+def test_interval_of_each_class_is_that_of_the_class_alone():
+    truth, records = scene(3)
+    intervals = class_bootstrap(truth, records, samples=50)
+    assert list(intervals) == list(NAMES)
+    assert (intervals["neutrophil"].value, intervals["neutrophil"].low) == (None, None)
+    for label, name in ((1, "epithelial"), (2, "lymphocyte")):
+        own = [cell for cell in truth["annotations"] if cell["category_id"] == label]
+        found = [entry for entry in records if entry["category_id"] == label]
+        alone = image_bootstrap({**truth, "annotations": own}, found, samples=50)["ap50"]
+        assert intervals[name] == alone
+    groups = dict.fromkeys(range(1, 7), "slide")
+    together = class_bootstrap(truth, records, groups=groups, samples=5)["epithelial"]
+    assert together.low == together.high == pytest.approx(together.value)
 
 
 def test_images_of_a_group_are_drawn_together():

@@ -11,7 +11,12 @@ from scipy.optimize import linear_sum_assignment
 
 from cellseg.coco import make_record, mask_to_rle, rle_to_mask, sort_records
 from cellseg.errors import RecordsError
-from cellseg.evaluation import choose_score_threshold, score_nuclei, truth_from_targets
+from cellseg.evaluation import (
+    choose_score_threshold,
+    nuclei,
+    score_nuclei,
+    truth_from_targets,
+)
 from cellseg.evaluation.nuclei import nuclei_ratios, nuclei_sums
 
 NAMES = ("epithelial", "lymphocyte", "neutrophil")
@@ -113,7 +118,9 @@ def test_pooled_sums_and_mean_averages_over_images():
     assert report.pooled.aji == pytest.approx(200 / 300)
     assert report.mean.pq == pytest.approx(0.5)
     assert [report.per_image[k].pq for k in (1, 2, 3)] == [1.0, 0.0, None]
-    assert report.per_class_pq == {"epithelial": 1.0, "lymphocyte": 0.0, "neutrophil": None}
+    assert {name: scores.pq for name, scores in report.per_class.items()} == {
+        "epithelial": 1.0, "lymphocyte": 0.0, "neutrophil": None,
+    }  # fmt: skip
 
 
 def test_pq_of_a_class_counts_records_of_another_as_false():
@@ -122,8 +129,46 @@ def test_pq_of_a_class_counts_records_of_another_as_false():
     report = score_nuclei(truth, records, score_threshold=0.5)
     assert report.pooled.pq == 1.0
     # Class 1: one TP and one FN; class 2: one TP and one FP.
-    assert report.per_class_pq["epithelial"] == pytest.approx(1 / 1.5)
-    assert report.per_class_pq["lymphocyte"] == pytest.approx(1 / 1.5)
+    assert report.per_class["epithelial"].pq == pytest.approx(1 / 1.5)
+    assert report.per_class["lymphocyte"].pq == pytest.approx(1 / 1.5)
+
+
+def test_every_score_of_a_class_by_hand():
+    # Class 1: LEFT found as 70 of 100 px; TWIN found, but as class 2. Class 2: RIGHT missed.
+    truth = truth_of([(1, LEFT), (1, TWIN), (2, RIGHT)])
+    records = [record(1, 0.9, (2, 3, 9, 13)), record(2, 0.8, TWIN)]
+    report = score_nuclei(truth, records, score_threshold=0.5)
+    # One TP of IoU 0.7 and one FN; of 200 true and 70 found pixels 70 are shared.
+    assert astuple(report.per_class["epithelial"]) == pytest.approx(
+        (0.7 / 1.5, 1 / 1.5, 0.7, 70 / 200, 140 / 270, 2 / 3)
+    )
+    assert astuple(report.per_class["lymphocyte"]) == (0,) * 6  # one FN, one FP, far apart
+    assert astuple(report.per_class["neutrophil"]) == NONE
+    # Pairs: LEFT as class 1; TWIN (1) as 2. Without a pair: RIGHT. Class 1: one TP, one mixed
+    # pair; class 2: the mixed pair and RIGHT.
+    assert report.per_class_f_c == {
+        "epithelial": pytest.approx(2 / (2 + 2)), "lymphocyte": 0.0, "neutrophil": None,
+    }  # fmt: skip
+
+
+def test_centroids_are_paired_at_the_least_sum_of_distances():
+    # To pair each cell with a record within 12 px takes 10 + 11 px; the least sum is 0 + 14.9 px,
+    # of which the long pair goes: one of two is found, as by HoVer-Net's code.
+    near, far = (2, 2, 6, 6), (12, 2, 16, 6)
+    truth = truth_of([(1, near), (1, far)])
+    records = [record(1, 0.9, far), record(1, 0.8, (12, 13, 16, 17))]
+    assert score_nuclei(truth, records, score_threshold=0.5).pooled.f_d == 2 / 4
+
+
+def test_an_image_of_too_many_nuclei_has_no_f_d(monkeypatch):
+    monkeypatch.setattr(nuclei, "MOST_DISTANCES", 1)
+    truth = truth_of([(1, LEFT), (1, RIGHT)], [(1, LEFT)])
+    records = [record(1, 0.9, LEFT), record(1, 0.9, LEFT, image_id=2)]
+    report = score_nuclei(truth, records, score_threshold=0.5)
+    assert (report.pooled.f_d, report.mean.f_d, report.per_image[1].f_d) == (None,) * 3
+    assert report.per_image[2].f_d == report.per_image[2].pq == 1.0
+    assert report.pooled.pq == pytest.approx(2 / 2.5)
+    assert report.per_class_f_c["epithelial"] is None
 
 
 def test_a_record_at_the_threshold_counts():
@@ -156,7 +201,11 @@ def test_the_table_names_every_score():
         "|---|---|---|",
         "| PQ | 1.000 | 1.000 |",
     ]
-    assert lines[-1] == "| PQ, neutrophil | - | - |"
+    assert lines[-1] == "| F_d | 1.000 | 1.000 |"
+    lines = report.class_table().splitlines()
+    assert lines[0] == "| | PQ | DQ | SQ | AJI | Dice | F_d | F_c |"
+    assert lines[2] == "| epithelial " + "| 1.000 " * 7 + "|"
+    assert lines[-1] == "| neutrophil " + "| - " * 7 + "|"
 
 
 def test_records_of_other_data_are_refused():
@@ -188,9 +237,9 @@ def slow_scores(cells, records):
     empty = np.zeros((HEIGHT, WIDTH), dtype=bool)
     true, found = np.any([empty, *cells], axis=0), np.any([empty, *records], axis=0)
     dice = 2 * (true & found).sum() / (true.sum() + found.sum())
-    near = [[np.hypot(*(centre(t) - centre(p))) <= 12 for p in records] for t in cells]
-    near = np.array(near).reshape(len(cells), len(records))
-    pairs = near[linear_sum_assignment(near, maximize=True)].sum()
+    centres = [np.reshape([centre(m) for m in side], (-1, 2)) for side in (cells, records)]
+    apart = np.sqrt(((centres[0][:, None] - centres[1][None]) ** 2).sum(axis=-1))
+    pairs = (apart[linear_sum_assignment(apart)] <= 12).sum()
     return dq * sq, dq, sq, shared / union, dice, 2 * pairs / (len(cells) + len(records))
 
 

@@ -16,6 +16,7 @@ from cellseg.evaluation.curves import (
 from cellseg.evaluation.intervals import (
     Comparison,
     Interval,
+    class_bootstrap,
     compare_records,
     image_bootstrap,
 )
@@ -32,6 +33,7 @@ from cellseg.evaluation.scores import (
     score_records,
     truth_from_targets,
 )
+from cellseg.evaluation.summary import Evaluation, evaluate_records
 from cellseg.evaluation.worst import Pick, worst_cells, worst_images
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "ClassCurve",
     "Comparison",
     "ErrorReport",
+    "Evaluation",
     "Interval",
     "Mended",
     "NucleiReport",
@@ -51,11 +54,13 @@ __all__ = [
     "Scores",
     "calibrate",
     "choose_score_threshold",
+    "class_bootstrap",
     "class_curves",
     "compare_records",
     "confusion_matrix",
     "curves_table",
     "dataset_truth",
+    "evaluate_records",
     "explain_errors",
     "image_bootstrap",
     "parts_table",

@@ -5,23 +5,24 @@ which a pixel belongs to one nucleus at most. Records may overlap, so they are p
 records on a pixel the better one keeps it (ties: `sort_records` order), and a record of which no
 pixel is left does not count. A score cut takes away worse records only, hence never changes what
 the better ones hold: one painting serves every cut. The cost follows the pixels of the images and
-of the masks.
+of the masks, but for F_d, which compares the centroids of all nuclei of an image with one another.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import starmap
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from cellseg.coco import Record, Rle, sort_records
 from cellseg.evaluation.scores import Truth, check_fit, scores_table
-from cellseg.inference.merging import MaskLine, box_neighbours, group_by_image
+from cellseg.inference.merging import MaskLine, group_by_image
 
 MATCH_IOU = 0.5  # a match needs more; of disjoint nuclei only one can have it
 FOUND_WITHIN = 12.0  # px between centroids, HoVer-Net's radius at 40x
+MOST_DISTANCES = 25_000_000  # true nuclei x records of an image; beyond it F_d has no value
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 NUCLEI_NAMES = {"pq": "PQ", "dq": "DQ", "sq": "SQ", "aji": "AJI", "dice": "Dice", "f_d": "F_d"}
 # What is added up over images; the scores are ratios of these.
@@ -54,9 +55,11 @@ class NucleiScores:
             pairs' unions, summed, plus the pixels of every true nucleus that touches no
             prediction and of every predicted one that nobody took.
         dice: 2 |A and B| / (|A| + |B|) of the pixels of any nucleus, HoVer-Net's DICE1.
-        f_d: F1 of detection, 2 TP / (2 TP + FP + FN), where TP is the greatest number of pairs,
-            one to one, whose centroids lie within 12 px. (HoVer-Net pairs at the least sum of all
-            distances and then drops the long ones; that can find fewer.)
+        f_d: F1 of detection, 2 TP / (2 TP + FP + FN). TP are pairs by HoVer-Net's
+            `pair_coordinates`: centroids are paired one to one at the least sum of all distances,
+            and the pairs farther apart than 12 px then go. (To pair as many within 12 px as can
+            be would sometimes find more.) None for an image of more than 5,000 nuclei on each
+            side, which is no tile any more, and where such an image is one of several.
     """
 
     pq: float | None
@@ -75,14 +78,18 @@ class NucleiReport:
         pooled: from counts and pixels summed over the images.
         mean: mean over the images that hold a nucleus, true or predicted; as published figures.
         per_image: image_id -> its scores.
-        per_class_pq: class name -> pooled PQ of the true and the predicted nuclei of that class;
-            None for a class absent from the truth.
+        per_class: class name -> pooled scores of the true and the predicted nuclei of that class
+            alone; all None for a class absent from the truth.
+        per_class_f_c: class name -> HoVer-Net's F_c (its `run_nuclei_type_stat`): of the pairs of
+            F_d in which either side is of the class those of one class are TP, the others count
+            as two errors each, and each nucleus of the class without a pair as one; pooled.
     """
 
     pooled: NucleiScores
     mean: NucleiScores
     per_image: dict[int, NucleiScores]
-    per_class_pq: dict[str, float | None]
+    per_class: dict[str, NucleiScores]
+    per_class_f_c: dict[str, float | None]
 
     def table(self) -> str:
         """Return the scores as a Markdown table; "-" where there is no nucleus."""
@@ -90,33 +97,67 @@ class NucleiReport:
             (shown, getattr(self.pooled, name), getattr(self.mean, name))
             for name, shown in NUCLEI_NAMES.items()
         ]
-        rows += [(f"PQ, {name}", value, None) for name, value in self.per_class_pq.items()]
         return scores_table(("pooled", "mean over images"), rows)
+
+    def class_table(self) -> str:
+        """Return the scores of each class as a Markdown table."""
+        rows = [
+            (name, *astuple(scores), self.per_class_f_c[name])
+            for name, scores in self.per_class.items()
+        ]
+        return scores_table((*NUCLEI_NAMES.values(), "F_c"), rows)
 
 
 @dataclass(frozen=True)
-class _Overlaps:
+class _Painted:
     """The painted nuclei of one image: T true ones, P records, best first.
 
     Attributes:
         areas, labels: of the true nuclei, pixels and category ids, int64 [T].
-        record_areas, record_labels: the same of the records, int64 [P]; 0 pixels: painted over.
+        centres: float64 [T, 2], mean (row, column) of their pixels; NaN without any.
+        record_areas, record_labels, record_centres: the same of the records; 0 pixels: painted
+            over.
         scores: of the records, float64 [P], descending.
         pairs: (true nucleus, record, pixels shared), int64 [K] each; those that share any.
-        near: (true nucleus, record) whose centroids lie within 12 px, int64 [M] each.
     """
 
     areas: np.ndarray
     labels: np.ndarray
+    centres: np.ndarray
     record_areas: np.ndarray
     record_labels: np.ndarray
+    record_centres: np.ndarray
     scores: np.ndarray
-    pairs: tuple[np.ndarray, np.ndarray, np.ndarray]
-    near: tuple[np.ndarray, np.ndarray]
+    pairs: tuple[np.ndarray, ...]
 
-    def number(self, score_threshold: float) -> int:
-        """Return how many records, the first ones, have a score >= the threshold."""
-        return int((self.scores >= score_threshold).sum())
+    def above(self, score_threshold: float) -> "_Painted":
+        """Return the image with the records of score >= the threshold, which are the first."""
+        number = int((self.scores >= score_threshold).sum())
+        kept = self.pairs[1] < number
+        return replace(
+            self,
+            record_areas=self.record_areas[:number],
+            record_labels=self.record_labels[:number],
+            record_centres=self.record_centres[:number],
+            scores=self.scores[:number],
+            pairs=tuple(column[kept] for column in self.pairs),
+        )
+
+    def of_class(self, category_id: int) -> "_Painted":
+        """Return the image with the nuclei of one class; the others have no pixels."""
+        true, record = self.labels == category_id, self.record_labels == category_id
+        kept = true[self.pairs[0]] & record[self.pairs[1]]
+        return replace(
+            self,
+            areas=self.areas * true,
+            record_areas=self.record_areas * record,
+            pairs=tuple(column[kept] for column in self.pairs),
+        )
+
+    def ious(self) -> np.ndarray:
+        """Return the IoU of each pair, float64 [K]."""
+        true, record, shared = self.pairs
+        return shared / (self.areas[true] + self.record_areas[record] - shared)
 
 
 def score_nuclei(
@@ -133,11 +174,13 @@ def score_nuclei(
     Raises:
         RecordsError: if a record's image, class or mask size is not the truth's.
     """
-    images = _paint_images(truth, records)
-    sums = _stack([_sums(image, score_threshold) for image in images])
+    images = [image.above(score_threshold) for image in _paint_images(truth, records)]
+    pairs = [_pair_centres(image) for image in images]
+    sums = _stack([_sums(image, _count(near)) for image, near in zip(images, pairs, strict=True)])
     ratios = nuclei_ratios(sums)
     seen = sums[:, 0] > 0
     means = {name: values[seen].mean() if seen.any() else np.nan for name, values in ratios.items()}
+    classes = {category["name"]: category["id"] for category in truth["categories"]}
     return NucleiReport(
         pooled=_scores(nuclei_ratios(sums.sum(axis=0))),
         mean=_scores(means),
@@ -145,10 +188,8 @@ def score_nuclei(
             image["id"]: _scores({name: values[k] for name, values in ratios.items()})
             for k, image in enumerate(truth["images"])
         },
-        per_class_pq={
-            category["name"]: _class_pq(images, category["id"], score_threshold)
-            for category in truth["categories"]
-        },
+        per_class={name: _class_scores(images, label) for name, label in classes.items()},
+        per_class_f_c={name: _class_f_c(images, pairs, label) for name, label in classes.items()},
     )
 
 
@@ -171,7 +212,7 @@ def choose_score_threshold(
     images = _paint_images(truth, records)
 
     def quality(threshold: float) -> float:
-        sums = _stack([_sums(image, threshold) for image in images]).sum(axis=0)
+        sums = _stack([_sums(image.above(threshold)) for image in images]).sum(axis=0)
         return float(np.nan_to_num(nuclei_ratios(sums)["pq"]))
 
     return max(sorted(thresholds), key=quality)  # the first of equals
@@ -183,8 +224,8 @@ def nuclei_sums(truth: Truth, records: Sequence[Record], *, score_threshold: flo
     The rows are in the order of the truth's images. Rows add up: `nuclei_ratios` of the sum over
     any choice of images gives the pooled scores of that choice.
     """
-    images = _paint_images(truth, records)
-    return _stack([_sums(image, score_threshold) for image in images])
+    images = [image.above(score_threshold) for image in _paint_images(truth, records)]
+    return _stack([_sums(image, _count(_pair_centres(image))) for image in images])
 
 
 def nuclei_ratios(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -204,7 +245,7 @@ def nuclei_ratios(sums: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
-def _paint_images(truth: Truth, records: Sequence[Record]) -> list[_Overlaps]:
+def _paint_images(truth: Truth, records: Sequence[Record]) -> list[_Painted]:
     """Return the painted nuclei of each image of the truth, in its order."""
     check_fit(truth, records)
     cells, found = group_by_image(truth["annotations"]), group_by_image(records)
@@ -218,7 +259,7 @@ def _paint_images(truth: Truth, records: Sequence[Record]) -> list[_Overlaps]:
     ]
 
 
-def _paint_image(cells: list[dict], records: list[Record], size: tuple[int, int]) -> _Overlaps:
+def _paint_image(cells: list[dict], records: list[Record], size: tuple[int, int]) -> _Painted:
     """Paint the nuclei of one image, records best first, and count what they share."""
     (true_map, areas, centres), (found_map, record_areas, record_centres) = starmap(
         _painted, (([entry["segmentation"] for entry in side], size) for side in (cells, records))
@@ -226,14 +267,15 @@ def _paint_image(cells: list[dict], records: list[Record], size: tuple[int, int]
     both = np.flatnonzero((true_map > 0) & (found_map > 0))
     keys = (true_map[both].astype(np.int64) - 1) * max(len(records), 1) + found_map[both] - 1
     keys, shared = np.unique(keys, return_counts=True)
-    return _Overlaps(
+    return _Painted(
         areas=areas,
         labels=np.array([cell["category_id"] for cell in cells], dtype=np.int64),
+        centres=centres,
         record_areas=record_areas,
         record_labels=np.array([entry["category_id"] for entry in records], dtype=np.int64),
+        record_centres=record_centres,
         scores=np.array([entry["score"] for entry in records], dtype=float),
         pairs=(*np.divmod(keys, max(len(records), 1)), shared),
-        near=_near_pairs(centres, record_centres),
     )
 
 
@@ -261,54 +303,43 @@ def _painted(rles: Sequence[Rle], size: tuple[int, int]) -> tuple[np.ndarray, ..
         return painted, areas, np.stack(sums, axis=1) / areas[:, None]
 
 
-def _near_pairs(centres: np.ndarray, record_centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs (true nucleus, record) whose centres [T, 2], [P, 2] are near each other."""
-    both = np.concatenate([centres, record_centres])
-    # Boxes that share some area wherever two centres lie at FOUND_WITHIN or less.
-    reach = FOUND_WITHIN / 2 + 1
-    known = np.flatnonzero(~np.isnan(both[:, 0]))
-    first, second = box_neighbours(np.concatenate([both - reach, both + reach], axis=1)[known])
-    first, second = known[first], known[second]
-    mixed = (first < len(centres)) & (second >= len(centres))
-    first, second = first[mixed], second[mixed]
-    near = ((both[first] - both[second]) ** 2).sum(axis=1) <= FOUND_WITHIN**2
-    return first[near], second[near] - len(centres)
+def _pair_centres(image: _Painted) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (true nuclei, records) whose centroids are paired, see `NucleiScores.f_d`; or None."""
+    true, record = np.flatnonzero(image.areas), np.flatnonzero(image.record_areas)
+    if len(true) * len(record) > MOST_DISTANCES:
+        return None
+    distance = cdist(image.centres[true], image.record_centres[record])
+    row, column = linear_sum_assignment(distance)
+    near = distance[row, column] <= FOUND_WITHIN
+    return true[row[near]], record[column[near]]
 
 
-def _sums(image: _Overlaps, score_threshold: float) -> list[float]:
-    """Return the sums of one image in the order of `SUMS`."""
-    number = image.number(score_threshold)
-    areas = image.record_areas[:number]
-    true, record, shared, iou = _pair_ious(image, number)
+def _count(pairs: tuple[np.ndarray, np.ndarray] | None) -> float:
+    """Return the number of pairs, NaN where none were sought."""
+    return np.nan if pairs is None else len(pairs[0])
+
+
+def _sums(image: _Painted, found: float = np.nan) -> list[float]:
+    """Return the sums of one image in the order of `SUMS`; `found` is the number of centroids."""
+    iou, shared = image.ious(), image.pairs[2]
     matched = iou > MATCH_IOU
-    aji_shared, aji_union = _aji_sums(image.areas, areas, true, record, shared)
+    aji_shared, aji_union = _aji_sums(image)
     return [
-        (image.areas > 0).sum() + (areas > 0).sum(),
+        (image.areas > 0).sum() + (image.record_areas > 0).sum(),
         matched.sum(),
         iou[matched].sum(),
         aji_shared,
         aji_union,
         shared.sum(),
-        image.areas.sum() + areas.sum(),
-        _most_pairs(*image.near, (len(image.areas), number)),
+        image.areas.sum() + image.record_areas.sum(),
+        found,
     ]
 
 
-def _pair_ious(image: _Overlaps, number: int) -> tuple[np.ndarray, ...]:
-    """Return (true nucleus, record, pixels shared, IoU) of the pairs of the first records."""
-    chosen = image.pairs[1] < number
-    true, record, shared = (column[chosen] for column in image.pairs)
-    return true, record, shared, shared / (image.areas[true] + image.record_areas[record] - shared)
-
-
-def _aji_sums(
-    areas: np.ndarray,
-    record_areas: np.ndarray,
-    true: np.ndarray,
-    record: np.ndarray,
-    shared: np.ndarray,
-) -> tuple[int, int]:
+def _aji_sums(image: _Painted) -> tuple[int, int]:
     """Return numerator and denominator of the AJI; see `NucleiScores`."""
+    true, record, shared = image.pairs
+    areas, record_areas = image.areas, image.record_areas
     union = areas[true] + record_areas[record] - shared
     order = np.lexsort((record, -shared / union, true))
     paired, first = np.unique(true[order], return_index=True)
@@ -319,30 +350,34 @@ def _aji_sums(
     return shared[best].sum(), union[best].sum() + apart
 
 
-def _most_pairs(true: np.ndarray, record: np.ndarray, shape: tuple[int, int]) -> int:
-    """Return how many of the pairs can stand at once, each nucleus in one pair at most."""
-    chosen = record < shape[1]
-    if not chosen.any():
-        return 0
-    links = np.ones(chosen.sum(), dtype=np.int8), (true[chosen], record[chosen])
-    graph = csr_array(links, shape=shape)
-    return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
+def _class_scores(images: Iterable[_Painted], category_id: int) -> NucleiScores:
+    """Return the pooled scores of one class alone; all None without truth."""
+    parts = [image.of_class(category_id) for image in images]
+    if not any(part.areas.any() for part in parts):
+        return NucleiScores(*[None] * len(NUCLEI_NAMES))
+    sums = _stack([_sums(part, _count(_pair_centres(part))) for part in parts])
+    return _scores(nuclei_ratios(sums.sum(axis=0)))
 
 
-def _class_pq(
-    images: Iterable[_Overlaps], category_id: int, score_threshold: float
+def _class_f_c(
+    images: Sequence[_Painted],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray] | None],
+    category_id: int,
 ) -> float | None:
-    """Return the PQ of one class, pooled over images; None without truth."""
-    ious, truths, found = 0.0, 0, 0
-    for image in images:
-        number = image.number(score_threshold)
-        true, record, _, iou = _pair_ious(image, number)
-        is_true = image.labels == category_id
-        is_found = image.record_labels[:number] == category_id
-        ious += iou[(iou > MATCH_IOU) & is_true[true] & is_found[record]].sum()
-        truths += (is_true & (image.areas > 0)).sum()
-        found += (is_found & (image.record_areas[:number] > 0)).sum()
-    return float(2 * ious / (truths + found)) if truths else None
+    """Return F_c of one class, see `NucleiReport`; None without truth, or pairs of an image."""
+    if any(near is None for near in pairs):
+        return None
+    truths = right = sides = nuclei = 0
+    for image, (true, record) in zip(images, pairs, strict=True):
+        is_true = image.labels[true] == category_id
+        is_found = image.record_labels[record] == category_id
+        right += (is_true & is_found).sum()
+        sides += is_true.sum() + is_found.sum()
+        truths += ((image.labels == category_id) & (image.areas > 0)).sum()
+        nuclei += ((image.record_labels == category_id) & (image.record_areas > 0)).sum()
+    nuclei += truths
+    mixed, alone = sides - 2 * right, nuclei - sides
+    return float(2 * right / (2 * right + 2 * mixed + alone)) if truths else None
 
 
 def _stack(rows: Sequence[Sequence[float]]) -> np.ndarray:
