@@ -15,7 +15,9 @@ from cellseg import cli, data, presets
 from cellseg.cli import shared, training
 from cellseg.errors import SettingsError
 
-COMMANDS = ["sample", "audit", "train", "predict", "evaluate", "ensemble", "report", "run"]
+COMMANDS = [
+    "sample", "audit", "train", "predict", "evaluate", "compare", "ensemble", "report", "run",
+]  # fmt: skip
 
 
 def run(*arguments):
@@ -109,7 +111,7 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
     ids = ",".join(settings["val_ids"])
     predicted = run("predict", checkpoint, held, "--train-dir", made / "train", "--ids", ids)
     assert predicted.exit_code == 0, predicted.output
-    scores = json.loads(run("evaluate", held, made / "train", "--ids", ids).stdout)
+    scores = json.loads(run("evaluate", held, made / "train", "--ids", ids, "--json").stdout)
     assert set(scores["ap50_per_class"]) == {"epithelial", "lymphocyte", "neutrophil", "macrophage"}
 
     members = tmp_path / "predictions"
@@ -187,7 +189,9 @@ def test_commands_take_the_names_that_the_release_tells(tmp_path):
     (tmp_path / "class_names.json").write_text('["spindle", "round"]')
     (tmp_path / "records.json").write_text("[]")
     assert "| 2 | round | 1 |" in run("audit", tmp_path / "train").output
-    scores = json.loads(run("evaluate", tmp_path / "records.json", tmp_path / "train").stdout)
+    scores = json.loads(
+        run("evaluate", tmp_path / "records.json", tmp_path / "train", "--json").stdout
+    )
     assert list(scores["ap50_per_class"]) == ["spindle", "round"]
 
 

@@ -1,9 +1,11 @@
 """The report: what its pages say, the student's own part, strange names, damage, lost fonts."""
 
+import inspect
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,17 +13,22 @@ import typst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import write_squares
 from typer.testing import CliRunner
 
+from cellseg import presets
 from cellseg.cli import app
-from cellseg.coco import make_record, mask_to_rle, write_records
+from cellseg.coco import make_record, mask_to_rle, read_records, sort_records, write_records
+from cellseg.data import TrainTransform, make_loaders
 from cellseg.errors import DataError
-from cellseg.evaluation import confusion_matrix, score_records, truth_from_targets
-from cellseg.report import build_report
+from cellseg.evaluation import evaluate_records, truth_from_targets
+from cellseg.models import DetectorOptions
+from cellseg.report import build_report, evaluate_run
 from cellseg.report.facts import facts_of_run, read_epochs
 from cellseg.report.glyphs import pick_fonts
+from cellseg.report.reasons import REASONS
 from cellseg.report.student import CHAPTERS, read_experiments, read_words
-from cellseg.training import write_evaluation
+from cellseg.training import fit, write_evaluation
 
 SETTINGS = {
     "run_name": "mobilenetv2-3f9a1c",
@@ -49,6 +56,9 @@ SETTINGS = {
     "started": "2026-03-05T08:00:00+00:00",
 }
 SCORES = {"ap": 0.31, "ap50": 0.624, "ap50_per_class": {"epithelial": 0.7, "lymphocyte": None}}
+DRAWING = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><path d="M2 2H30V20Z"/></svg>'
+)
 CONFUSION = {
     "matrix": [[1234, 5, 6], [7, 8, 9], [1, 2, 0]],
     "class_names": ["epithelial", "lymphocyte"],
@@ -68,8 +78,10 @@ def write_run(folder, *, settings=SETTINGS, full=True):
         (folder / "scores.json").write_text(json.dumps(SCORES), encoding="utf-8")
         (folder / "confusion.json").write_text(json.dumps(CONFUSION), encoding="utf-8")
         pixels = np.random.default_rng(0).integers(0, 255, (300, 600, 3), dtype=np.uint8)
-        for name in ("overlay_1", "gallery", "precision_recall", "calibration"):
+        for name in ("overlay_1", "gallery"):
             Image.fromarray(pixels).save(folder / "figures" / f"{name}.png")
+        for name in ("precision_recall", "calibration"):
+            (folder / "figures" / f"{name}.svg").write_text(DRAWING, encoding="utf-8")
     return folder
 
 
@@ -101,11 +113,8 @@ def evaluate(folder, found, *, groups=None, val_ids=("d",)):
         for k in range(number)
         for record in squares(image_id, corners[k], label=k + 1)
     ]
-    scores, matrix = score_records(truth, records), confusion_matrix(truth, records)
-    write_evaluation(
-        folder, records, scores, matrix, SETTINGS["class_names"],
-        score_threshold=0.5, truth=truth, groups=groups,
-    )  # fmt: skip
+    scored = evaluate_records(truth, records, groups=groups)
+    write_evaluation(folder, truth, records, scored, groups=groups)
     return folder
 
 
@@ -185,6 +194,10 @@ def test_evaluated_run_shows_intervals_errors_and_what_costs_most(tmp_path):
     assert "1,000 draws of 3 images" in text and "PQ" in text and "AJI" in text
     assert "Here it is missed: AP50 would be 1.000" in text
     assert re.search(r"missed 2 1\.000 \+0\.\d{3}", text)
+    # Of three lymphocytes one is found, and nothing is false.
+    by_class = stored["intervals_per_class"]["lymphocyte"]
+    shown = f"lymphocyte {by_class['value']:.3f} {by_class['low']:.3f}–{by_class['high']:.3f}"
+    assert f"{shown} 0.500 0.500 1.000 0.333 0.500 0.500 0.500" in text
 
 
 def test_intervals_by_groups_are_called_so(tmp_path):
@@ -215,6 +228,122 @@ def test_data_sets_are_cited_where_they_are_named(tmp_path):
     assert "MoNuSAC" not in plain
     (run_dir / "words.md").write_text("# Data\nThe images of MoNuSAC.\n", encoding="utf-8")
     assert "MoNuSAC2020: A Multi" in read_text(build_report(run_dir))
+
+
+def test_the_name_of_the_data_is_printed_and_cited(tmp_path):
+    run_dir = write_run(tmp_path / "run", settings=SETTINGS | {"sample_data": False})
+    text = read_text(build_report(run_dir, data_set="CoNSeP, pieces"))
+    assert "(CoNSeP, pieces) were" in text and "made tissue" not in text
+    assert "HoVer-Net: " in text
+    command = ["report", str(run_dir), "--data-set", "CoNSeP, pieces", "--output"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "b.pdf")]).exit_code == 0
+    assert (tmp_path / "b.pdf").read_bytes() == (run_dir / "report.pdf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(1.0, "whole cells at their native scale"), (2.0, "whole cells, 2 times as large as the")],
+)
+def test_scale_is_told_as_it_is(scale, words, tmp_path):
+    model = {"builder": "get_model_resnet50v2", "arguments": {"image_scale": scale}}
+    run_dir = write_run(tmp_path / "run", settings=SETTINGS | {"model": model})
+    assert words in read_text(build_report(run_dir))
+
+
+def test_settings_of_prediction_are_told(tmp_path):
+    looks = {"views": "turns", "mask_threshold": 0.5}
+    run_dir = write_run(tmp_path / "run", settings=SETTINGS | {"prediction": looks})
+    text = read_text(build_report(run_dir))
+    assert "looks at an image, in validation as at the test" in text
+    assert "views turns turned at test" in text and "mask threshold 0.5 a pixel is" in text
+
+
+def test_every_setting_of_a_run_has_a_reason():
+    functions = (TrainTransform, make_loaders, fit)
+    parameters = [p for made in functions for p in inspect.signature(made).parameters.values()]
+    names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    names |= {field.name for field in fields(DetectorOptions)} | {*presets.PREDICTION}
+    about_the_machine = {
+        "run_dir", "device", "workers", "resume", "save_every", "keep_checkpoints", "tracker",
+        "progress", "ranks",
+    }  # fmt: skip
+    assert not names - about_the_machine - REASONS.keys()
+    assert all(len(reason) < 80 for reason in REASONS.values())
+
+
+# An evaluation, and what a report makes of it
+
+
+def squares_run(tmp_path, **changes):
+    """Write three samples and a run that held them out; return both and some records."""
+    cells = [(1, 4, 5, 18, 17), (2, 30, 20, 46, 38)]
+    dataset = write_squares(tmp_path / "train", {name: (40, 60, cells) for name in "abc"})
+    held = {"class_names": list(dataset.class_names), "val_ids": list("abc")}
+    run_dir = write_run(tmp_path / "run", settings=SETTINGS | held | changes, full=False)
+    records = squares(1, (5, 4), size=12) + squares(2, (21, 31), size=17, label=2, score=0.6)
+    return run_dir, dataset, records + squares(3, (0, 50), score=0.7)
+
+
+def test_evaluation_of_a_run_writes_all_that_its_report_looks_for(tmp_path):
+    run_dir, dataset, records = squares_run(tmp_path, groups={"a": 1, "b": 1, "c": 2})
+    found = evaluate_run(run_dir, dataset, records)
+    assert found.evaluation.groups == 2 and found.evaluation.images == 3
+    assert found.evaluation.matrix.tolist() == [[1, 0, 2], [0, 1, 2], [1, 0, 0]]
+    written = {path.relative_to(run_dir).as_posix() for path in found.paths}
+    drawings = {"confusion_matrix", "precision_recall", "errors_mended", "calibration"}
+    tissue = {"overlay_1", "overlay_2", "overlay_3", "gallery"}
+    assert written == {
+        "scores.json", "errors.json", "confusion.json", "truth.json", "validation.json",
+        *(f"figures/{name}.png" for name in drawings | tissue),
+        *(f"figures/{name}.svg" for name in drawings),
+    }  # fmt: skip
+    assert set(found.figures) == drawings | tissue
+    assert all(path.stat().st_size > 100 for path in found.paths)
+    assert read_records(run_dir / "validation.json") == sort_records(records)
+    report = build_report(run_dir)
+    assert "folder holds no" not in read_text(report)
+    assert "1,000 draws of 2 groups of the 3 validation images" in read_text(report)
+
+
+def test_report_without_tissue_is_small(tmp_path):
+    run_dir, dataset, records = squares_run(tmp_path)
+    evaluate_run(run_dir, dataset, records)
+    assert build_report(run_dir, tissue=False).path.stat().st_size < 300_000
+
+
+def folds_run(tmp_path):
+    """Turn a run into one of three folds, each of which held out one sample."""
+    run_dir, dataset, records = squares_run(tmp_path, val_ids=["a"], train_ids=["b", "c"])
+    folder = tmp_path / "folds"
+    folder.mkdir()
+    run_dir.rename(folder / "fold1")
+    folds = [
+        {"name": f"fold{k}", "val_ids": [name], "best_epoch": k, "scores": {"ap50": k / 10}}
+        for k, name in enumerate("abc", start=1)
+    ]
+    content = {"groups": dict(zip("abc", (0, 0, 1), strict=True)), "folds": folds}
+    content |= {"oof": {"ap50": 0.2}, "all": {"epochs": 2}}
+    (folder / "folds.json").write_text(json.dumps(content), encoding="utf-8")
+    write_records(folder / "oof.json", records)
+    return folder, dataset, records
+
+
+def test_report_of_folds_tells_each_of_them_and_the_scores_of_all(tmp_path):
+    folder, dataset, records = folds_run(tmp_path)
+    found = evaluate_run(folder, dataset, records)
+    assert found.evaluation.groups == 2
+    assert not (folder / "validation.json").exists()  # oof.json has them
+    text = read_text(build_report(folder))
+    for words in (
+        "Run folds",
+        "each held out once by one of 3 models",
+        "2 epochs were trained in the first fold",
+        "The curves are those of the first fold",
+        "each found by the model that did not see it",
+        "2 1 2 0.200",
+        "Training on all images takes 2 epochs",
+    ):
+        assert words in text
 
 
 # The student's part
@@ -355,7 +484,7 @@ def test_missing_parts_are_said(tmp_path):
     text = read_text(report)
     for name in (
         "scores.json", "confusion.json", "errors.json", "figures/overlay*.png",
-        "figures/gallery.png", "figures/precision_recall.png", "figures/calibration.png",
+        "figures/gallery.png", "figures/precision_recall.svg", "figures/calibration.svg",
     ):  # fmt: skip
         assert f"holds no {name}" in text
 
@@ -417,6 +546,8 @@ def test_overlay_is_printed_small(tmp_path):
         ),
         ("errors.json", '{"kinds": {}, "perfect": {}}', "errors.json is not as a run writes it"),
         ("figures/gallery.png", "x", "gallery.png is no usable image .* draw it anew"),
+        ("figures/calibration.svg", "x", "calibration.svg is no usable drawing .* evaluate the"),
+        ("figures/calibration.svg", "<html/>", r"calibration.svg is no usable drawing \(no SVG\)"),
     ],
 )
 def test_damaged_run_is_named(file, content, message, tmp_path):

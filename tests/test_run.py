@@ -9,14 +9,18 @@ import torch
 from tiny_models import CLASSES, tiny_model, write_squares
 
 from cellseg.coco import make_record, mask_to_rle, read_records
-from cellseg.errors import CheckpointError, TrainingError
-from cellseg.evaluation import Scores
+from cellseg.errors import CheckpointError, DataError, TrainingError
+from cellseg.evaluation import evaluate_records, truth_from_targets
 from cellseg.training import (
     EpochSummary,
+    image_groups,
     load_model,
     open_run,
     read_checkpoint,
+    read_held,
     read_history,
+    read_prediction,
+    read_truth,
     write_evaluation,
 )
 from cellseg.training.checkpoint import FORMAT, MARK, write_checkpoint
@@ -165,22 +169,78 @@ def test_evaluation_is_written_for_the_report(tmp_path):
         make_record(5, 2, 0.25, mask_to_rle(mask)),
         make_record(5, 1, 0.5, mask_to_rle(mask)),
     ]
-    scores = Scores(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, {"dark": 0.2, "light": None})
-    matrix = np.arange(9).reshape(3, 3)
-    write_evaluation(tmp_path, records, scores, matrix, CLASSES, score_threshold=0.4)
+    target = {"instance_map": mask[None].astype(int), "labels": [1], "image_id": 5}
+    truth = truth_from_targets([target], CLASSES)
+    scored = evaluate_records(truth, records, score_threshold=0.4)
+    paths = write_evaluation(tmp_path, truth, records, scored)
     assert read_records(tmp_path / "validation.json") == records[::-1]
-    read = {
-        name: json.loads((tmp_path / name).read_text())
-        for name in ("scores.json", "confusion.json")
-    }
-    assert read["scores.json"]["ap50"] == 0.2
-    assert read["scores.json"]["ap50_per_class"] == {"dark": 0.2, "light": None}
+    read = {path.name: json.loads(path.read_text()) for path in paths}
+    assert read["scores.json"]["ap50"] == 1.0
+    assert read["scores.json"]["ap50_per_class"] == {"dark": 1.0, "light": None}
+    assert read["scores.json"]["intervals_per_class"]["dark"]["low"] == 1.0
+    assert read["scores.json"]["nuclei_per_class"]["light"]["pq"] is None
+    # Settled, the two records are one nucleus: no false one beside it.
+    assert read["scores.json"]["intervals"]["dq"]["value"] == 1.0
     assert read["confusion.json"] == {
-        "matrix": [[0, 1, 2], [3, 4, 5], [6, 7, 8]],
+        "matrix": [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
         "class_names": list(CLASSES),
         "score_threshold": 0.4,
         "iou_threshold": 0.5,
     }
+    assert read["errors.json"]["kinds"]["wrong class"]["count"] == 1
+    assert read_truth(tmp_path) == (truth, None)
+    again = write_evaluation(tmp_path, truth, records, scored, groups={5: "slide"})
+    assert again == paths and read_truth(tmp_path)[1] == {5: "slide"}
+
+
+def test_a_run_remembers_its_prediction_and_the_latest_stands(dataset, tmp_path):
+    run = open_it(tmp_path, dataset)
+    assert read_prediction(run.path) == {}
+    looks = {"views": "turns", "scales": (1.0, 1.5)}
+    again = open_it(tmp_path, dataset, prediction=looks)
+    assert again.path == run.path and again.settings["identity"] == run.settings["identity"]
+    assert read_prediction(run.path) == looks | {"scales": [1.0, 1.5]}
+    open_it(tmp_path, dataset)  # says nothing of it
+    assert read_prediction(run.path)["views"] == "turns"
+    open_it(tmp_path, dataset, prediction={"views": "d4"})
+    assert read_prediction(run.path) == {"views": "d4"}
+    changed = {"recipe": RECIPE | {"epochs": 9}, "name": run.path.name, "on_change": "continue"}
+    open_it(tmp_path, dataset, **changed)
+    assert read_prediction(run.path) == {"views": "d4"}
+    assert read_prediction(tmp_path) == {}
+
+
+def test_a_damaged_memory_of_the_prediction_is_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"prediction": ["turns"]}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"settings.json: prediction is \['turns'\]; write settin"):
+        read_prediction(tmp_path)
+
+
+def test_a_run_tells_what_it_held_out(dataset, tmp_path):
+    run = open_it(tmp_path, dataset, groups={"a": 1, "b": 1, "c": 2})
+    held = read_held(run.path)
+    assert (held.sample_ids, held.class_names, held.channel_order) == (["c"], list(CLASSES), "true")
+    assert held.records == run.path / "validation.json"
+    again = held.dataset(dataset.train_dir)
+    assert (again.sample_ids, again.image_ids) == (["c"], [3])
+    assert image_groups(held.group_of, again) == {3: "2"}
+    assert image_groups({"a": 1}, again) is None and image_groups(None, again) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "holds no settings.json; name the folder of a run"),
+        ({"val_ids": "ab", "class_names": ["a"]}, "val_ids are 'ab'; remove the run's folder"),
+        ({"val_ids": ["a"], "class_names": [3]}, r"class_names are \[3\]; remove"),
+        ({"val_ids": [], "class_names": ["a"]}, "held no image out; name the run whose folds"),
+    ],
+)
+def test_a_run_that_does_not_tell_is_named(settings, message, tmp_path):
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_held(tmp_path)
 
 
 def content(model, **more):

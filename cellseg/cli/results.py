@@ -1,8 +1,9 @@
 """Commands that predict, score, merge and report."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,9 @@ from cellseg.cli.shared import (
 from cellseg.errors import SettingsError
 from cellseg.files import check_writable
 
+if TYPE_CHECKING:
+    from cellseg.data import TestDataset
+
 
 @app.command()
 def predict(
@@ -34,46 +38,55 @@ def predict(
         Path | None, typer.Option(help="Or: one image file, however large; its image_id is 1.")
     ] = None,
     ids: Ids = None,
-    views: Annotated[str, typer.Option(help="plain, flips (4), turns (4) or d4 (8).")] = "plain",
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="--train-dir: the samples that the run held out.")
+    ] = False,
+    views: Annotated[str | None, option("plain, flips (4), turns (4) or d4 (8).")] = None,
     scale: Annotated[
-        list[float] | None, typer.Option(help="Size of a view; may be given several times.")
+        list[float] | None, option("Size of a view; may be given several times.")
     ] = None,
     tile_size: Annotated[
-        int | None, typer.Option(help="Image pixels; by default only large images are tiled.")
+        int | None, option("Image pixels; by default only large images are tiled.")
     ] = None,
-    overlap: Annotated[int | None, typer.Option(help="Of tiles; larger than any cell.")] = None,
-    score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.05,
-    mask_threshold: Annotated[float, typer.Option(help="A pixel's least probability.")] = 0.5,
+    overlap: Annotated[int | None, option("Of tiles; larger than any cell.")] = None,
+    score_threshold: Annotated[float | None, option("Drop lower scores, 0-1.")] = None,
+    mask_threshold: Annotated[float | None, option("A pixel's least probability.")] = None,
     swapped: Annotated[bool, typer.Option(help="--image has red and blue exchanged.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with a stopped --image.")] = True,
     device: Device = "auto",
 ) -> None:
-    """Segment test images, samples with truth, or one image file, from a checkpoint alone."""
+    """Segment test images, samples with truth, or one image file, from a checkpoint.
+
+    Settings that are not given are those that the checkpoint's run remembers, with which its
+    records out of fold were made; away from its run's folder a checkpoint is looked at plainly.
+    """
     from cellseg.coco import write_records
-    from cellseg.data import CellDataset, SampleImages, TestDataset, find_release
+    from cellseg.data import CellDataset, SampleImages
     from cellseg.inference import predict_file, predict_images
-    from cellseg.training import load_model, pick_device
+    from cellseg.training import load_model, pick_device, read_held
 
     if sum(source is not None for source in (release, train_dir, image)) != 1:
         raise SettingsError(
             "give either --release (test images), --train-dir (samples) or --image (a file)"
         )
+    if held_out and (train_dir is None or ids is not None):
+        raise SettingsError("--held-out chooses samples of --train-dir; leave out --ids")
     check_writable(output)
     model = load_model(checkpoint, pick_device(device))
-    options = {
-        "views": views, "scales": scale or [1.0],
-        "tile_size": tile_size, "overlap": overlap,
+    given = {
+        "views": views, "scales": scale or None, "tile_size": tile_size, "overlap": overlap,
         "score_threshold": score_threshold, "mask_threshold": mask_threshold,
     }  # fmt: skip
+    options = _prediction(checkpoint.parent, given)
     if image is not None:
+        options.pop("mix_whole", None)  # it would need the whole image at once
         records = predict_file(model, image, output, swapped=swapped, resume=resume, **options)
         typer.echo(f"{len(records)} cells in 1 image: {output}")
         return
     if release is not None:
-        found = find_release(release_dir=release)
-        if found.test_dir is None or found.index_path is None:
-            raise SettingsError(f"{release} has no test images; extract the whole archive")
-        images = TestDataset(found.test_dir, found.index_path, channel_order=model.channel_order)
+        images = _test_images(release, model.channel_order)
+    elif held_out:
+        images = SampleImages(read_held(checkpoint.parent).dataset(train_dir))
     else:
         samples = CellDataset(train_dir, class_names=model.class_names, sample_ids=read_ids(ids))
         images = SampleImages(samples)
@@ -82,25 +95,126 @@ def predict(
     typer.echo(f"{len(records)} cells in {len(images)} images: {output}")
 
 
+def _test_images(release: Path, channel_order: str) -> "TestDataset":
+    """Return the test images of a release."""
+    from cellseg.data import TestDataset, find_release
+
+    found = find_release(release_dir=release)
+    if found.test_dir is None or found.index_path is None:
+        raise SettingsError(f"{release} has no test images; extract the whole archive")
+    return TestDataset(found.test_dir, found.index_path, channel_order=channel_order)
+
+
+def _prediction(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of prediction, and say what they are: given, else the run's."""
+    from cellseg.presets import sort_settings
+    from cellseg.training import read_prediction
+
+    given = {name: value for name, value in given.items() if value is not None}
+    remembered = sort_settings(read_prediction(run_dir))["predict"]
+    used = remembered | given
+    parts = [
+        f"{name} {value} ({'given' if name in given else 'the run remembers it'})"
+        for name, value in used.items()
+    ]
+    typer.echo(f"prediction: {', '.join(parts) or 'plain'}; all else as predict_images has it")
+    return used
+
+
 @app.command()
 def evaluate(
     records_file: Annotated[Path, typer.Argument(help="Result file of samples with truth.")],
     train_dir: TrainDir,
     ids: Ids = None,
     class_names: Names = None,
+    run: Annotated[
+        Path | None,
+        option("Folder of the run that held the samples out: write scores and figures there."),
+    ] = None,
+    score_threshold: Annotated[
+        float, typer.Option(help="From which score on cells are counted and drawn, 0-1.")
+    ] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
-    """Score a result file against the truth: AP, uncapped and at 100 detections."""
-    from dataclasses import asdict
+    """Score a result file against the truth: AP, PQ and so on, intervals, and what costs most.
 
+    With --run all that its report is made from goes into that folder; ids, classes and groups
+    are then those of its split. Of a run of folds name its oof.json and its folder.
+    """
     from cellseg.coco import read_records
     from cellseg.data import CellDataset
-    from cellseg.evaluation import dataset_truth, score_records
+    from cellseg.evaluation import dataset_truth, evaluate_records
+    from cellseg.report import evaluate_run
+    from cellseg.training import read_held
 
-    names = pick_names(class_names, train_dir)
-    dataset = CellDataset(train_dir, class_names=names, sample_ids=read_ids(ids))
-    records = read_records(records_file, category_ids=range(1, len(names) + 1))
-    scores = score_records(dataset_truth(dataset, progress=True), records)
-    typer.echo(json.dumps(asdict(scores), indent=1))
+    if run is not None and (ids is not None or class_names is not None):
+        raise SettingsError("--run knows its samples and classes; leave out --ids, --class-names")
+    if run is None:
+        names = pick_names(class_names, train_dir)
+        dataset = CellDataset(train_dir, class_names=names, sample_ids=read_ids(ids))
+    else:
+        dataset = read_held(run).dataset(train_dir)
+    records = read_records(records_file, category_ids=range(1, dataset.num_classes))
+    paths: list[Path] = []
+    if run is None:
+        truth = dataset_truth(dataset, progress=True)
+        found = evaluate_records(truth, records, score_threshold=score_threshold)
+    else:
+        evaluated = evaluate_run(
+            run, dataset, records, score_threshold=score_threshold, progress=True
+        )
+        found, paths = evaluated.evaluation, evaluated.paths
+    errors = asdict(found.errors)
+    content = found.content() | {"errors": {part: errors[part] for part in ("kinds", "perfect")}}
+    typer.echo(json.dumps(content, indent=1) if as_json else found.summary())
+    if paths:
+        typer.echo(f"\nwritten into {run}: {', '.join(path.name for path in paths)}", err=as_json)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="Result file, or folder of a run.")],
+    after: Annotated[Path, typer.Argument(help="The other one, for the same samples.")],
+    truth: Annotated[Path, option("Folder of samples, as train and evaluate take it.")],
+    statistic: Annotated[
+        str, typer.Option(help="ap50, ap75, ap, ap50_100, ap_100, pq, dq, sq, aji, dice or f_d.")
+    ] = "ap50",
+    ids: Ids = None,
+    class_names: Names = None,
+    score_threshold: Annotated[
+        float, typer.Option(help="pq to f_d: count records of this score or more, 0-1.")
+    ] = 0.5,
+) -> None:
+    """Say by how much the second is better than the first, with a 95 % interval.
+
+    Both are scored on the same draws of images. Where one of them is a run's folder, the samples
+    are those that it held out, drawn by the groups of its split if it has any.
+    """
+    from cellseg.data import CellDataset
+    from cellseg.evaluation import dataset_truth
+    from cellseg.report import compare_sides
+    from cellseg.training import image_groups, read_held
+
+    paths = [before, after]
+    held = [read_held(path) for path in paths if path.is_dir()]
+    if held and ids is None:
+        dataset = held[0].dataset(truth)
+    else:
+        names = pick_names(class_names, truth)
+        dataset = CellDataset(truth, class_names=names, sample_ids=read_ids(ids))
+    known = [image_groups(run.group_of, dataset) for run in held]
+    groups = next((groups for groups in known if groups is not None), None)
+    comparison, _ = compare_sides(
+        dataset_truth(dataset, progress=True),
+        paths,
+        dataset.sample_ids,
+        statistic=statistic,
+        score_threshold=score_threshold,
+        groups=groups,
+    )
+    typer.echo(comparison.sentence)
+    if groups is not None:
+        typer.echo(f"Drawn by {len(set(groups.values()))} groups of images that belong together.")
 
 
 @app.command()
@@ -151,6 +265,12 @@ def report(
     ),
     name: Annotated[str, typer.Option(help="Author, in any script.")] = "",
     student_id: Annotated[str, typer.Option(help="Printed beside the name.")] = "",
+    data_set: Annotated[
+        str,
+        typer.Option(
+            help="Name of the data, printed for their folder's name; MoNuSAC and CoNSeP are cited."
+        ),
+    ] = "",
     output: Annotated[Path | None, typer.Option(help="The PDF; default: in the run.")] = None,
     tissue: Annotated[
         bool, typer.Option(help="Figures that show images; not for data that may not be shown.")
@@ -164,6 +284,7 @@ def report(
         title=title,
         name=name,
         student_id=student_id,
+        data_set=data_set,
         output=output,
         tissue=tissue,
     )

@@ -1,6 +1,6 @@
 """The records out of fold of the runs that result files are named after."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from cellseg.ensemble.members import find_files
 from cellseg.ensemble.tuning import Tuning, tune_ensemble
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
+from cellseg.training import image_groups
 from cellseg.training.folds import OOF_NAME, read_folds
 
 
@@ -67,7 +68,7 @@ def _tune_runs(runs: Mapping[str, Path], dataset: CellDataset, seed: int) -> Tun
     part = dataset.subset(shared)
     truth = dataset_truth(part, progress=True)
     records = {name: _read_oof(run / OOF_NAME, part) for name, run in runs.items()}
-    groups = _groups(next(iter(contents.values())).get("groups"), part)
+    groups = image_groups(next(iter(contents.values())).get("groups"), part)
     return tune_ensemble(records, truth, groups=groups, seed=seed)
 
 
@@ -76,11 +77,3 @@ def _read_oof(path: Path, part: CellDataset) -> Sequence[Record]:
     ids = set(part.image_ids)
     records = read_records(path, category_ids=range(1, part.num_classes))
     return [record for record in records if record["image_id"] in ids]
-
-
-def _groups(group_of: object, part: CellDataset) -> dict[int, Hashable] | None:
-    """Return image_id -> its group, None where a sample has none."""
-    if not isinstance(group_of, dict) or not set(part.sample_ids) <= group_of.keys():
-        return None
-    pairs = zip(part.image_ids, part.sample_ids, strict=True)
-    return {image_id: str(group_of[sample_id]) for image_id, sample_id in pairs}

@@ -7,6 +7,8 @@ from cellseg.report.analysis_plots import (
     plot_precision_recall,
 )
 from cellseg.report.document import Report, build_report
+from cellseg.report.evaluated import EvaluatedRun, evaluate_run
+from cellseg.report.experiments import compare_sides
 from cellseg.report.leaks import plot_leaks
 from cellseg.report.plots import (
     plot_audit,
@@ -20,9 +22,12 @@ from cellseg.report.plots import (
 from cellseg.report.style import check_figure_path, save_figure
 
 __all__ = [
+    "EvaluatedRun",
     "Report",
     "build_report",
     "check_figure_path",
+    "compare_sides",
+    "evaluate_run",
     "plot_audit",
     "plot_augmentations",
     "plot_calibration",

@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import typst
 from PIL import Image
 
 from cellseg.errors import DataError
-from cellseg.files import write_atomically
+from cellseg.files import read_text, write_atomically
 from cellseg.report.experiments import compare_experiments
 from cellseg.report.facts import (
     Facts,
@@ -30,8 +31,8 @@ _BESIDE = ("report.typ", "references.yml")
 _DRAWINGS = ("precision_recall", "errors_mended", "calibration")
 _MAX_OVERLAYS = 2
 _TISSUE_PIXELS = 1800
-_DRAWING_PIXELS = 1800
 _DEFAULT_CUT = 0.5
+_SVG = "{http://www.w3.org/2000/svg}svg"
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,27 @@ def build_report(
     title: str = "Cell instance segmentation with Mask R-CNN",
     name: str = "",
     student_id: str = "",
+    data_set: str = "",
     output: str | Path | None = None,
     tissue: bool = True,
     system_fonts: bool = True,
 ) -> Report:
     """Write the report of a run as PDF; the same folder gives the same bytes.
 
-    Reads settings.json and metrics.jsonl, what there is of scores.json, confusion.json and
-    errors.json (of `write_evaluation`), and of figures/: precision_recall.png, errors_mended.png,
-    calibration.png, gallery.png and overlay*.png (the first two). What is missing is said. The
-    student's own words and experiments come from words.md and experiments.toml, which are made
-    with prompts if they are missing and never written over.
+    Reads settings.json and metrics.jsonl, and what there is of what `evaluate_run` writes:
+    scores.json, confusion.json and errors.json, and of figures/ precision_recall.svg,
+    errors_mended.svg, calibration.svg, gallery.png and overlay*.png (the first two). What is
+    missing is said. The student's own words and experiments come from words.md and
+    experiments.toml, which are made with prompts if they are missing and never written over.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run, or of a run of folds, which is told by its first fold and by
+            the records of all.
         title: printed as it is, like all texts: no character has a special meaning.
         name: author, in any script for which a font is installed.
         student_id: printed beside the name.
+        data_set: name of the data, printed in place of their folder's name. MoNuSAC and CoNSeP
+            are cited where this, the folder or the student's words name them.
         output: the PDF to write; report.pdf in the run's folder by default.
         tissue: False leaves out every figure that shows pixels of images, and says so.
         system_fonts: False uses only the fonts that typst brings, which hold Latin, Greek and
@@ -87,7 +92,7 @@ def build_report(
     output = Path(output) if output is not None else run_dir / "report.pdf"
     epochs = read_epochs(run_dir)
     facts = {"title": title, "author": name, "student_id": student_id, "tissue": tissue}
-    facts |= facts_of_run(run_dir) | facts_of_epochs(epochs)
+    facts |= facts_of_run(run_dir, data_set=data_set) | facts_of_epochs(epochs)
     facts |= _facts_of_student(run_dir, facts)
     fonts = typst.Fonts(include_system_fonts=system_fonts)
     facts, warnings = drop_undrawable(facts, fonts)
@@ -126,14 +131,14 @@ def _compile(root: Path, fonts: typst.Fonts) -> tuple[bytes, int]:
 
 
 def _copy_figures(figures_dir: Path, root: Path, *, tissue: bool) -> Facts:
-    """Copy the figures at print size: a report of 1 MB, not of 20.
+    """Copy the figures: drawings as lines and letters, tissue at print size.
 
     Returns:
         name of each drawing -> file's name or None; "gallery" the same; "overlays" the files.
     """
     figures: Facts = {}
     for name in _DRAWINGS:
-        path = figures_dir / f"{name}.png"
+        path = figures_dir / f"{name}.svg"
         figures[name] = _copy_drawing(path, root) if path.exists() else None
     gallery, overlays = figures_dir / "gallery.png", sorted(figures_dir.glob("overlay*.png"))
     figures["gallery"] = _copy_tissue([gallery] if tissue and gallery.exists() else [], root)
@@ -142,10 +147,19 @@ def _copy_figures(figures_dir: Path, root: Path, *, tissue: bool) -> Facts:
 
 
 def _copy_drawing(path: Path, root: Path) -> str:
-    """Copy a figure of lines and letters without loss; return its new name."""
-    image = _open_figure(path)
-    image.thumbnail((_DRAWING_PIXELS, _DRAWING_PIXELS))
-    image.save(root / path.name, "PNG", optimize=True)
+    """Copy a figure of lines and letters; return its name.
+
+    Raises:
+        DataError: if the file is no SVG.
+    """
+    text = read_text(path)
+    try:
+        whole = ElementTree.fromstring(text).tag == _SVG
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path} is no usable drawing ({error}); evaluate the run again") from None
+    if not whole:
+        raise DataError(f"{path} is no usable drawing (no SVG); evaluate the run again")
+    (root / path.name).write_text(text, encoding="utf-8")
     return path.name
 
 

@@ -1,17 +1,18 @@
-"""The numbers of the student's experiments: two runs compared on the same validation images."""
+"""Two runs, or files of records, compared on the same images: the numbers of an experiment."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cellseg.coco import Record, read_records
 from cellseg.errors import CellsegError, DataError
 from cellseg.evaluation import Comparison, compare_records
+from cellseg.evaluation.nuclei import NUCLEI_NAMES
 from cellseg.evaluation.scores import Truth
-from cellseg.files import read_json
+from cellseg.inference import settle_classes
 from cellseg.report.facts import SCORE_NAMES
 from cellseg.report.student import EXPERIMENTS_NAME, Experiment
-from cellseg.training import read_truth
+from cellseg.training import read_held, read_truth
 
 
 def compare_experiments(
@@ -44,17 +45,56 @@ def compare_experiments(
     return shown
 
 
-def _compare(run_dir: Path, experiment: Experiment, score_threshold: float) -> dict[str, Any]:
-    """Return the comparison of one experiment as text."""
-    truth, groups = read_truth(run_dir)
-    paths = [run_dir / experiment.before, run_dir / experiment.after]
+def compare_sides(
+    truth: Truth,
+    paths: Sequence[Path],
+    sample_ids: Sequence[str],
+    *,
+    statistic: str,
+    score_threshold: float,
+    groups: Mapping[int, Hashable] | None,
+) -> tuple[Comparison, tuple[str, str]]:
+    """Return by how much the second of two sides is better, and what the two are called.
+
+    The nuclei scores are those of one record a nucleus, as in `evaluate_records`.
+
+    Args:
+        truth: COCO dict of the images.
+        paths: two, each the folder of a run that was evaluated, or a file of records.
+        sample_ids: the samples of the truth; a run must have held out the same.
+        statistic: a name out of `STATISTICS`.
+        score_threshold: the cut for the nuclei scores.
+        groups: image_id -> its slide or patient, as in `image_bootstrap`.
+
+    Raises:
+        DataError: if there are no records, or a run held out other images.
+        SettingsError: if the statistic is unknown, or an image has no group.
+        RecordsError: if a file holds other records.
+    """
+    sides = [_records(path, truth, sample_ids) for path in paths]
+    if statistic in NUCLEI_NAMES:
+        sides = [settle_classes(side) for side in sides]
     names = _names(paths)
     comparison = compare_records(
         truth,
-        *(_records(run_dir, path, truth) for path in paths),
-        statistic=experiment.statistic,
+        *sides,
+        statistic=statistic,
         score_thresholds=(score_threshold, score_threshold),
         names=names,
+        groups=groups,
+    )
+    return comparison, names
+
+
+def _compare(run_dir: Path, experiment: Experiment, score_threshold: float) -> dict[str, Any]:
+    """Return the comparison of one experiment as text."""
+    truth, groups = read_truth(run_dir)
+    comparison, names = compare_sides(
+        truth,
+        [run_dir / experiment.before, run_dir / experiment.after],
+        read_held(run_dir).sample_ids,
+        statistic=experiment.statistic,
+        score_threshold=score_threshold,
         groups=groups,
     )
     return {
@@ -67,27 +107,21 @@ def _compare(run_dir: Path, experiment: Experiment, score_threshold: float) -> d
     }
 
 
-def _records(run_dir: Path, path: Path, truth: Truth) -> list[Record]:
+def _records(path: Path, truth: Truth, sample_ids: Sequence[str]) -> list[Record]:
     """Return the records of a run's folder, or of a file, checked against the truth."""
     if path.is_dir():
-        _check_same_images(run_dir, path)
-        path = path / "validation.json"
+        held = read_held(path)
+        if set(held.sample_ids) != set(sample_ids):
+            raise DataError(
+                f"{path} was validated on other images than those of this comparison; compare "
+                "runs of one split"
+            )
+        path = held.records
     if not path.exists():
         raise DataError(f"{path} does not exist; name a run that was evaluated, or a result file")
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     classes = [category["id"] for category in truth["categories"]]
     return read_records(path, image_ids=sizes, category_ids=classes, image_sizes=sizes)
-
-
-def _check_same_images(run_dir: Path, other: Path) -> None:
-    """Refuse a run that was validated on other samples: its records are of other images."""
-    if other.resolve() == run_dir.resolve():
-        return
-    ours, theirs = (read_json(folder / "settings.json") for folder in (run_dir, other))
-    if not isinstance(theirs, dict) or ours.get("val_ids") != theirs.get("val_ids"):
-        raise DataError(
-            f"{other} was validated on other images than {run_dir}; compare runs of one split"
-        )
 
 
 def _names(paths: Sequence[Path]) -> tuple[str, str]:

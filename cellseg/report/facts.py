@@ -4,13 +4,16 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cellseg.errors import DataError
 from cellseg.files import read_json, read_text
-from cellseg.presets import TABLE
+from cellseg.report.reasons import REASONS
 from cellseg.submission.compliance import compliance
+from cellseg.training.folds import FOLDS_NAME
+from cellseg.training.results import first_fold
 
 Facts = dict[str, Any]
 
@@ -29,16 +32,8 @@ SCORE_NAMES = {
     "f_d": "F_d",
 }
 _AP_SHOWN = ("ap50", "ap75", "ap", "ap50_100", "ap_100")
-_NUCLEI_SHOWN = ("pq", "aji", "dice", "f_d")
-_REASONS = {row[0]: row[-1] for row in TABLE} | {
-    "anchor_sizes": "network pixels; the usual 32 to 512 are larger than most nuclei",
-    "detections_per_image": "an image holds hundreds of cells; COCO's usual 100 would lose them",
-    "proposals": "for each megapixel of an image; a cell without a proposal is lost",
-    "score_threshold": "low: AP gains from unsure cells, and sorting does the rest",
-    "norm": "which batch norms learn; batches are small, so loaded statistics stay",
-    "ema_decay": "averaged weights are steadier than the last ones",
-    "seed": "of the weights that are drawn at random",
-}
+_NUCLEI_SHOWN = ("pq", "dq", "sq", "aji", "dice", "f_d")
+_CLASS_SHOWN = (*_NUCLEI_SHOWN, "f_c")
 _BACKBONES = ("mobilenet", "resnext", "resnet", "convnext")
 _DATA_SETS = ("MoNuSAC", "CoNSeP")
 _MEASURED = ("train_loss", "val_loss", "ap", "ap50", "ap50_100", "train_ap50", "seconds")
@@ -46,14 +41,22 @@ _THRESHOLDS = ("score_threshold", "iou_threshold")
 _SHAPE_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 
 
-def facts_of_run(run_dir: Path) -> Facts:
+def facts_of_run(run_dir: Path, *, data_set: str = "") -> Facts:
     """Return what settings.json, scores.json, confusion.json and errors.json say.
+
+    Of a run of folds the settings are those of its first one, and folds.json tells the rest. What
+    the data are called is given, or else the name of their folder.
 
     Raises:
         DataError: if one is not as a run writes it; names the file, what is wrong and the remedy.
     """
-    facts: Facts = {"scores": None, "confusion": None, "errors": None}
-    facts |= _read(run_dir / "settings.json", _settings, "open the run anew in another folder")
+    facts: Facts = {"scores": None, "confusion": None, "errors": None, "folds": None}
+    settings = first_fold(run_dir) / "settings.json"
+    tell = partial(_settings, data_set=data_set)
+    facts |= _read(settings, tell, "open the run anew in another folder")
+    if (run_dir / FOLDS_NAME).exists():
+        facts["folds"] = _read(run_dir / FOLDS_NAME, _folds, "remove the run's folder")
+        facts["run_name"] = run_dir.resolve().name
     for name, tell in (
         ("scores", _scores),
         ("confusion", _confusion),
@@ -68,10 +71,12 @@ def facts_of_run(run_dir: Path) -> Facts:
 def read_epochs(run_dir: Path) -> list[dict]:
     """Return the epochs of metrics.jsonl in order; of an epoch told twice, the later line.
 
+    Of a run of folds they are those of its first one.
+
     Raises:
         DataError: if there is none, or a line is none; names file and line.
     """
-    path = run_dir / "metrics.jsonl"
+    path = first_fold(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise DataError(f"{path} does not exist: train at least one epoch before the report")
     rows = {}
@@ -123,8 +128,10 @@ def _read(path: Path, tell: Callable[[Any], Any], remedy: str) -> Any:
         raise DataError(f"{path} is not as a run writes it ({reason}); {remedy}") from None
 
 
-def _settings(settings: Mapping[str, Any]) -> Facts:
+def _settings(settings: Mapping[str, Any], data_set: str) -> Facts:
     """Return what the report says about data, model and recipe."""
+    if data_set:
+        settings = {**settings, "data": (settings.get("data") or {}) | {"source": data_set}}
     model, started = settings.get("model") or {}, _parse_time(settings.get("started"))
     builder = str(model.get("builder", "?"))
     arguments, recipe = model.get("arguments") or {}, settings.get("recipe") or {}
@@ -145,7 +152,9 @@ def _settings(settings: Mapping[str, Any]) -> Facts:
         if parameters
         else "",
         "model": _explained(arguments),
+        "scale": _as_text(arguments["image_scale"]) if "image_scale" in arguments else "",
         "recipe": _explained(recipe),
+        "prediction": _explained(settings.get("prediction") or {}),
         "seed": _as_text(settings.get("seed")),
         "device": "the CPU" if device == "cpu" else device,
         "versions": ", ".join(f"{k} {v}" for k, v in (settings.get("versions") or {}).items()),
@@ -177,6 +186,21 @@ def _data(settings: Mapping[str, Any]) -> Facts:
     }
 
 
+def _folds(content: Mapping[str, Any]) -> Facts:
+    """Return the rows of the folds, and how long the training on all images took."""
+    rows = [
+        [
+            str(number),
+            f"{len(fold['val_ids']):,}",
+            _as_text(fold.get("best_epoch")),
+            _as_score((fold.get("scores") or {}).get("ap50")) or "–",
+        ]
+        for number, fold in enumerate(content["folds"], start=1)
+    ]
+    epochs = (content.get("all") or {}).get("epochs")
+    return {"rows": rows, "number": str(len(rows)), "all": "" if epochs is None else str(epochs)}
+
+
 def _scores(scores: Mapping[str, Any]) -> Facts:
     """Return the rows of the tables of scores: AP, nuclei scores, AP50 by class."""
     intervals = scores.get("intervals") or {}
@@ -193,13 +217,30 @@ def _scores(scores: Mapping[str, Any]) -> Facts:
     return {
         "ap": [row(key) for key in _AP_SHOWN if key in scores],
         "nuclei": [row(key) for key in _NUCLEI_SHOWN if key in intervals],
-        "by_class": [
-            {"name": str(name), "value": _as_score(value)}
-            for name, value in (scores.get("ap50_per_class") or {}).items()
-        ],
+        "by_class": _by_class(scores),
         "drawn": unit if intervals else "",
         "cut": _as_text(scores.get("nuclei_score_threshold")),
     }
+
+
+def _by_class(scores: Mapping[str, Any]) -> list[Facts]:
+    """Return the rows of the classes: AP50 with its interval, and the nuclei scores or none."""
+    intervals, nuclei = (
+        scores.get(key) or {} for key in ("intervals_per_class", "nuclei_per_class")
+    )
+    rows = []
+    for name, value in (scores.get("ap50_per_class") or {}).items():
+        ends = [_as_score((intervals.get(name) or {}).get(end)) for end in ("low", "high")]
+        own = nuclei.get(name) or {}
+        rows.append(
+            {
+                "name": str(name),
+                "value": _as_score(value),
+                "interval": "–".join(ends) if all(ends) else None,
+                "nuclei": [_as_score(own.get(key)) for key in _CLASS_SHOWN] if nuclei else [],
+            }
+        )
+    return rows
 
 
 def _confusion(confusion: Mapping[str, Any]) -> Facts:
@@ -253,8 +294,8 @@ def _explained(settings: Mapping[str, Any]) -> Facts:
     """Return settings with a reason as (words, value, reason), the others as (words, value)."""
     pairs = [(key, str(key).replace("_", " "), _as_text(value)) for key, value in settings.items()]
     return {
-        "explained": [[words, value, _REASONS[k]] for k, words, value in pairs if k in _REASONS],
-        "others": [[words, value] for k, words, value in pairs if k not in _REASONS],
+        "explained": [[words, value, REASONS[k]] for k, words, value in pairs if k in REASONS],
+        "others": [[words, value] for k, words, value in pairs if k not in REASONS],
     }
 
 

@@ -7,7 +7,7 @@ from cellseg.training.folds import plan_folds, read_folds, train_folds
 from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.launch import launch
 from cellseg.training.precision import pick_device
-from cellseg.training.results import read_truth, write_evaluation
+from cellseg.training.results import image_groups, read_held, read_truth, write_evaluation
 from cellseg.training.run import EpochSummary, Run, open_run, read_history, read_prediction
 from cellseg.training.validation import to_device, validate
 
@@ -16,6 +16,7 @@ __all__ = [
     "Run",
     "TrainingInterrupted",
     "fit",
+    "image_groups",
     "join_ranks",
     "launch",
     "load_model",
@@ -24,6 +25,7 @@ __all__ = [
     "plan_folds",
     "read_checkpoint",
     "read_folds",
+    "read_held",
     "read_history",
     "read_prediction",
     "read_truth",

@@ -1,21 +1,24 @@
 """What a run's validation showed, kept in its folder: all that the report is made from."""
 
 import json
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cellseg.coco import Record, write_records
+from cellseg.data import CellDataset
 from cellseg.errors import DataError
-from cellseg.evaluation import Scores, explain_errors, image_bootstrap
+from cellseg.evaluation import Evaluation
 from cellseg.evaluation.scores import Truth
 from cellseg.files import read_json, write_atomically
+from cellseg.training.folds import FOLDS_NAME, OOF_NAME, read_folds
+from cellseg.training.run import read_settings
 
 TRUTH_NAME = "truth.json"
-STATISTICS = ("ap50", "ap75", "ap", "ap50_100", "ap_100", "pq", "aji", "dice", "f_d")
+VALIDATION_NAME = "validation.json"
 _KEYS = {
     "images": ("id", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"),
@@ -23,53 +26,130 @@ _KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class Held:
+    """The samples that a run has held out: those that its records can be scored on.
+
+    Attributes:
+        sample_ids: their names; of a run of folds those of all folds.
+        class_names: names of the classes 1..C.
+        channel_order: of the images, as `CellDataset` takes it.
+        group_of: sample_id -> its group in the split; None if each sample stood alone.
+        records: the file of the run's records of them, `validation.json` or `oof.json`.
+    """
+
+    sample_ids: list[str]
+    class_names: list[str]
+    channel_order: str
+    group_of: dict[str, Hashable] | None
+    records: Path
+
+    def dataset(self, train_dir: str | Path, **options: Any) -> CellDataset:
+        """Return the samples, found again in a folder; options as of `CellDataset`.
+
+        Raises:
+            DataError, SettingsError: as `CellDataset`.
+        """
+        return CellDataset(
+            train_dir,
+            class_names=self.class_names,
+            sample_ids=self.sample_ids,
+            channel_order=self.channel_order,
+            **options,
+        )
+
+
+def read_held(run_dir: str | Path) -> Held:
+    """Return what a run, or a run of folds, has held out.
+
+    Raises:
+        DataError: if the folder is no run's, holds nothing out, or a file in it is damaged.
+    """
+    run_dir = Path(run_dir)
+    is_folds = (run_dir / FOLDS_NAME).exists()
+    settings_dir = first_fold(run_dir)
+    settings = read_settings(settings_dir)
+    if not settings:
+        raise DataError(f"{settings_dir} holds no settings.json; name the folder of a run")
+    if is_folds:
+        content = read_folds(run_dir)
+        held = list(chain.from_iterable(fold["val_ids"] for fold in content["folds"]))
+        groups = content.get("groups")
+    else:
+        held, groups = settings.get("val_ids"), settings.get("groups")
+    names = settings.get("class_names")
+    for key, value in (("val_ids", held), ("class_names", names)):
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise DataError(f"{run_dir}: {key} are {reprlib.repr(value)}; remove the run's folder")
+    if not held:
+        raise DataError(f"{run_dir} held no image out; name the run whose folds chose its epochs")
+    return Held(
+        sample_ids=sorted(held),
+        class_names=names,
+        channel_order=str(settings.get("channel_order", "auto")),
+        group_of=groups if isinstance(groups, dict) else None,
+        records=run_dir / (OOF_NAME if is_folds else VALIDATION_NAME),
+    )
+
+
+def first_fold(run_dir: str | Path) -> Path:
+    """Return the folder with the settings that a run was made by: its own, or its first fold's."""
+    run_dir = Path(run_dir)
+    return run_dir / "fold1" if (run_dir / FOLDS_NAME).exists() else run_dir
+
+
+def image_groups(
+    group_of: Mapping[str, Hashable] | None, dataset: CellDataset
+) -> dict[int, Hashable] | None:
+    """Return image_id -> its sample's group, as the bootstrap takes it; None unless all have one.
+
+    Args:
+        group_of: sample_id -> group, or None.
+        dataset: the samples.
+    """
+    if not isinstance(group_of, Mapping) or not group_of.keys() >= set(dataset.sample_ids):
+        return None
+    pairs = zip(dataset.image_ids, dataset.sample_ids, strict=True)
+    return {image_id: str(group_of[sample_id]) for image_id, sample_id in pairs}
+
+
 def write_evaluation(
     run_dir: str | Path,
+    truth: Truth,
     records: Sequence[Record],
-    scores: Scores,
-    matrix: np.ndarray,
-    class_names: Sequence[str],
+    evaluation: Evaluation,
     *,
-    score_threshold: float,
-    iou_threshold: float = 0.5,
-    truth: Truth | None = None,
     groups: Mapping[int, Hashable] | None = None,
-) -> None:
-    """Write a run's validation results, from which the report is made.
+) -> list[Path]:
+    """Write a run's validation results, from which the report is made, and return their paths.
+
+    `validation.json` holds the records, unless the run is one of folds, whose `oof.json` has
+    them; `scores.json` the scores with their intervals; `errors.json` what AP50 loses to each
+    kind of error; `confusion.json` the matrix; `truth.json` the truth without pixels, against
+    which the report compares runs.
 
     Args:
         run_dir: the run's folder.
-        records: detections on the validation images -> `validation.json`.
-        scores: their AP -> `scores.json`.
-        matrix: int [C + 1, C + 1], rows truth, background last -> `confusion.json`.
-        class_names: names of the classes.
-        score_threshold: from which score on the matrix and the nuclei scores count detections.
-        iou_threshold: mask IoU at which the matrix calls two masks one cell.
-        truth: COCO dict of the validation images (masks, no pixels) -> `truth.json`, against
-            which the report compares runs; with it intervals and the nuclei scores go into
-            `scores.json`, and what AP50 loses to each kind of error into `errors.json`.
-        groups: image_id -> its slide or patient, as in `image_bootstrap`.
-
-    Raises:
-        SettingsError: if an image has no group.
-        RecordsError: if a record's image, class or mask size is not the truth's.
+        truth: COCO dict of the validation images.
+        records: detections on them.
+        evaluation: of `evaluate_records`, with the same truth, records and groups.
+        groups: image_id -> its slide or patient.
     """
     run_dir = Path(run_dir)
-    content: dict[str, Any] = asdict(scores)
-    if truth is not None:
-        content |= _intervals(truth, records, score_threshold, groups)
-        errors = asdict(explain_errors(truth, records))
-        _write(run_dir / "errors.json", {key: errors[key] for key in ("ap50", "kinds", "perfect")})
-        _write(run_dir / TRUTH_NAME, _with_groups(truth, groups), indent=None)
-    write_records(run_dir / "validation.json", records)
-    _write(run_dir / "scores.json", content)
-    confusion = {
-        "matrix": np.asarray(matrix).tolist(),
-        "class_names": list(class_names),
-        "score_threshold": score_threshold,
-        "iou_threshold": iou_threshold,
+    errors = asdict(evaluation.errors)
+    contents = {
+        "scores.json": (evaluation.content(), 1),
+        "errors.json": ({key: errors[key] for key in ("ap50", "kinds", "perfect")}, 1),
+        "confusion.json": (_confusion(truth, evaluation), None),
+        TRUTH_NAME: (_with_groups(truth, groups), None),
     }
-    _write(run_dir / "confusion.json", confusion, indent=None)
+    for name, (content, indent) in contents.items():
+        write_atomically(run_dir / name, json.dumps(content, indent=indent) + "\n")
+    paths = [run_dir / name for name in contents]
+    if not (run_dir / FOLDS_NAME).exists():
+        paths.append(run_dir / VALIDATION_NAME)
+        write_records(paths[-1], records)
+    return paths
 
 
 def read_truth(run_dir: str | Path) -> tuple[Truth, dict[int, Hashable] | None]:
@@ -91,21 +171,14 @@ def read_truth(run_dir: str | Path) -> tuple[Truth, dict[int, Hashable] | None]:
     return truth, groups or None
 
 
-def _intervals(
-    truth: Truth,
-    records: Sequence[Record],
-    score_threshold: float,
-    groups: Mapping[int, Hashable] | None,
-) -> dict[str, Any]:
-    """Return what `scores.json` holds beside the AP."""
-    intervals = image_bootstrap(
-        truth, records, statistics=STATISTICS, score_threshold=score_threshold, groups=groups
-    )
+def _confusion(truth: Truth, evaluation: Evaluation) -> dict[str, Any]:
+    """Return the confusion matrix with what it is of, as plain values."""
+    names = {category["id"]: category["name"] for category in truth["categories"]}
     return {
-        "images": len(truth["images"]),
-        "groups": None if groups is None else len({groups[i["id"]] for i in truth["images"]}),
-        "nuclei_score_threshold": score_threshold,
-        "intervals": {name: asdict(interval) for name, interval in intervals.items()},
+        "matrix": evaluation.matrix.tolist(),
+        "class_names": [names[category_id] for category_id in sorted(names)],
+        "score_threshold": evaluation.score_threshold,
+        "iou_threshold": evaluation.iou_threshold,
     }
 
 
@@ -115,8 +188,3 @@ def _with_groups(truth: Truth, groups: Mapping[int, Hashable] | None) -> Truth:
         return truth
     images = [image | {"group": str(groups[image["id"]])} for image in truth["images"]]
     return truth | {"images": images}
-
-
-def _write(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write plain values as JSON."""
-    write_atomically(path, json.dumps(content, indent=indent) + "\n")
