@@ -36,7 +36,7 @@ from benchmarks.usual_loop import usual_collate
 from cellseg.coco import Record, make_records, mask_to_rle
 from cellseg.data import CellDataset, SampleImages, log_balanced_weights
 from cellseg.models.weights import load_backbone, read_weights
-from cellseg.training.examination import peak_memory_mb
+from cellseg.training.epoch_scores import peak_memory_mb
 
 EPOCHS = 4
 BATCH_SIZE = 2

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.held_tissue import all_samples, data_folder
 from benchmarks.section import markdown_table, seconds_text
 from benchmarks.stages_records import MEDIAN_TEST_SIZE, jittered_records, scatter_cells
-from cellseg.coco import Record, rle_area
+from cellseg.coco import Record, group_by_image, rle_area
 from cellseg.data import CellDataset
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
@@ -38,7 +38,7 @@ from cellseg.exports import (
     write_morphometry,
 )
 from cellseg.files import read_json
-from cellseg.inference.merging import group_by_image, neighbour_ious
+from cellseg.overlap import neighbour_ious
 from cellseg.submission import check_submission, write_submission
 
 HEADER = ("", "processor time", "found", "as written")

@@ -161,10 +161,10 @@ def open_set(name: str, folder: Path) -> tuple[CellDataset, CellDataset]:
 def examine_set(name: str, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe on a set at each of the `FACTORS`; return the scale and the AP50 of each."""
     train, held = open_set(name, folder)
-    scale = presets.settle_sizes(recipe, train)["image_scale"]
-    looks, ap50 = presets.sort_settings(recipe)["predict"], {}
+    scale = presets.resolve_sizes(recipe, train)["image_scale"]
+    looks, ap50 = presets.group_settings(recipe)["predict"], {}
     for factor in FACTORS:
-        settled = presets.settle_sizes(recipe | {"image_scale": scale * factor}, train)
+        settled = presets.resolve_sizes(recipe | {"image_scale": scale * factor}, train)
         run_folder = folder / f"{factor:g}"
         shutil.rmtree(run_folder, ignore_errors=True)
         last = train.subset(train.sample_ids[:1])  # nothing is chosen by it

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cellseg.training.examination import peak_memory_mb
+from cellseg.training.epoch_scores import peak_memory_mb
 
 PRELOADED = ["benchmarks.end_to_end", "benchmarks.growth", "benchmarks.stages_files"]
 IS_LINUX = sys.platform.startswith("linux")

@@ -37,7 +37,7 @@ from cellseg.data import CellDataset, split_ids
 from cellseg.data.similarity import group_by_similarity
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
-from cellseg.presets import read_overrides, settle_sizes
+from cellseg.presets import read_overrides, resolve_sizes
 from cellseg.training import load_model
 
 SPLITS = ("random", "grouped")
@@ -89,7 +89,7 @@ def measure(
     samples = training_samples(data, "pieces", cache_dir=folder / "cache")
     held = examined_samples(data)["pieces"]
     tiles = tiles_of(data / FOLDERS["pieces"] / "provenance.json")
-    settled = settle_sizes(recipe, samples)  # by all: one recipe for both splits
+    settled = resolve_sizes(recipe, samples)  # by all: one recipe for both splits
     found: dict[str, Any] = {"recipe": dict(recipe), "splits": {}}
     splits = make_splits(samples, group_by_similarity(samples), val_fraction)
     for name, split in splits.items():

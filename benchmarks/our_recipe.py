@@ -13,7 +13,7 @@ from cellseg import presets
 from cellseg.coco import Record
 from cellseg.data import CellDataset, SampleImages, TrainTransform, make_loaders
 from cellseg.inference import predict_images
-from cellseg.presets import pick_builder, settle_sizes
+from cellseg.presets import pick_builder, resolve_sizes
 from cellseg.training import fit, open_run, read_history
 
 LAPTOP: dict[str, Any] = presets.preset("laptop") | {"train_on": "tiles"}
@@ -39,14 +39,14 @@ class Training:
     ended_by: str
 
 
-def sort_settings(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a recipe's settings by what takes them, as `presets.sort_settings`, and `train_on`.
+def group_settings(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a recipe's settings by what takes them, as `presets.group_settings`, and `train_on`.
 
     Raises:
         SettingsError: if nothing takes a setting.
     """
     here = {name: recipe[name] for name in ("train_on",) if name in recipe}
-    parts = presets.sort_settings({k: v for k, v in recipe.items() if k not in here})
+    parts = presets.group_settings({k: v for k, v in recipe.items() if k not in here})
     return parts | {"own": parts["own"] | here}
 
 
@@ -72,7 +72,7 @@ def train_ours(
     pieces = training_samples(data, "pieces", channel_order=samples.channel_order)
     shutil.rmtree(folder / "run", ignore_errors=True)
     run_dir = train_recipe(
-        settle_sizes(recipe, samples),
+        resolve_sizes(recipe, samples),
         samples,
         pieces.subset(pieces.sample_ids[:1]),
         weights,
@@ -104,14 +104,14 @@ def train_recipe(
     the weights' average as it stands at the end (`last.pt`) is what predicts.
 
     Args:
-        recipe: settings by name, its sizes settled (`settle_sizes`).
+        recipe: settings by name, its sizes settled (`resolve_sizes`).
         train: the samples to train on.
         val: what the run notes as its validation; the first image of it is the one.
         weights: as the builder takes them.
         folder: of the run.
         progress: show bars with the time left.
     """
-    parts = sort_settings(recipe)
+    parts = group_settings(recipe)
     augmented = train.subset(train.sample_ids, transform=TrainTransform(**parts["transform"]))
     builder = pick_builder(recipe["backbone"])
     model = builder(train.num_classes, weights=weights, **parts["builder"])
@@ -128,5 +128,5 @@ def our_predictor(
     recipe: Mapping[str, Any], model: nn.Module, *, progress: bool = True
 ) -> Callable[[CellDataset], list[Record]]:
     """Return what predicts the images of a dataset with a model, as the recipe says."""
-    options = sort_settings(recipe)["predict"] | {"progress": progress}
+    options = group_settings(recipe)["predict"] | {"progress": progress}
     return lambda dataset: predict_images(model, SampleImages(dataset), **options)

@@ -49,7 +49,7 @@ from benchmarks.held_tissue import (
     tile_differences,
     weights_file,
 )
-from benchmarks.our_recipe import LAPTOP, our_predictor, sort_settings, train_ours
+from benchmarks.our_recipe import LAPTOP, group_settings, our_predictor, train_ours
 from cellseg.coco import write_records
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, SettingsError
@@ -77,7 +77,7 @@ def screened_recipe(overrides: dict[str, Any], minutes: float) -> dict[str, Any]
         SettingsError: if nothing takes an override.
     """
     budget = {"time_budget": None if overrides.get("epochs") else minutes * 60}
-    sort_settings(overrides)
+    group_settings(overrides)
     return LAPTOP | {"workers": 0} | budget | overrides
 
 
@@ -85,7 +85,7 @@ def remade_model(checkpoint: Path, overrides: dict[str, Any]) -> nn.Module:
     """Return the averaged model of a checkpoint, with some of the builder's options changed."""
     content = read_checkpoint(checkpoint)
     spec = content["spec"]
-    arguments = spec["arguments"] | sort_settings(overrides)["builder"]
+    arguments = spec["arguments"] | group_settings(overrides)["builder"]
     model = build_from_spec(spec | {"arguments": arguments})
     model.load_state_dict(content["ema"])
     return model.eval()

@@ -17,10 +17,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.stage import Stage
-from cellseg.coco import Record, make_records, rle_to_xywh, runs_to_rles, sort_records
+from cellseg.coco import (
+    Record,
+    group_by_image,
+    make_records,
+    rle_to_xywh,
+    runs_to_rles,
+    sort_records,
+)
 from cellseg.ensemble import ensemble_files
 from cellseg.evaluation.scores import score_records
-from cellseg.inference.merging import group_by_image, suppress
+from cellseg.inference.merging import suppress
 
 CLASS_SHARES = (0.4, 0.4, 0.1, 0.1)
 IOU_THRESHOLD = 0.5

@@ -1,4 +1,4 @@
-"""The COCO boundary: the only place that knows xywh boxes, RLE masks and the result record.
+"""The COCO boundary: masks to RLE and back, and result records in and out, checked.
 
 Inside the package boxes are xyxy, half-open, in pixels, and instances are numbers in a map. A
 record, the form in which detections leave, is a plain dict::
@@ -215,6 +215,14 @@ def record_order(record: Record) -> tuple:
 def sort_records(records: Iterable[Record]) -> list[Record]:
     """Return records in the order in which files hold them; equal content, equal order."""
     return sorted(records, key=record_order)
+
+
+def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Return the records of each image, in the order given."""
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["image_id"], []).append(record)
+    return groups
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:

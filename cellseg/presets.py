@@ -120,11 +120,11 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
     length = {"epochs", "time_budget"}
     cleared = dict.fromkeys(length) if length & overrides.keys() else {}
     changed = dict(recipe) | cleared | dict(overrides)
-    sort_settings(changed)
+    group_settings(changed)
     return changed
 
 
-def settle_sizes(recipe: Mapping[str, Any], dataset: CellDataset) -> Recipe:
+def resolve_sizes(recipe: Mapping[str, Any], dataset: CellDataset) -> Recipe:
     """Return a recipe whose image scale and crop size are numbers, found from the data's cells.
 
     An `image_scale` of "auto" becomes what `suggest_image_scale` says, and `network_size` the
@@ -160,7 +160,7 @@ def _settle_scale(given: Any, dataset: CellDataset) -> float:
     return scale
 
 
-def sort_settings(recipe: Mapping[str, Any]) -> dict[str, Recipe]:
+def group_settings(recipe: Mapping[str, Any]) -> dict[str, Recipe]:
     """Return a recipe's settings by what takes them; each goes to all that do.
 
     Returns:

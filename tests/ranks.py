@@ -24,7 +24,7 @@ from cellseg.data import CellDataset, TrainTransform, make_loaders
 from cellseg.training import EpochSummary, TrainingInterrupted, fit, join_ranks, validate
 from cellseg.training.checkpoint import digest_of
 from cellseg.training.distributed import ALONE, Ranks
-from cellseg.training.schedule import Length
+from cellseg.training.schedule import TrainingLength
 from cellseg.training.session import Session
 
 SAMPLES = {
@@ -110,7 +110,7 @@ class Line(nn.Module):
 def line_session(ranks: Ranks, accumulate: int = 1) -> Session:
     """Return a session of the line, which steps by the sign of the gradient and its size."""
     return Session(
-        Line(), batches_per_epoch=4, length=Length(1), learning_rate=0.1, weight_decay=0.0,
+        Line(), batches_per_epoch=4, length=TrainingLength(1), learning_rate=0.1, weight_decay=0.0,
         warmup=0.0, clip_norm=1e9, ema_decay=0.5, accumulate=accumulate,
         device=torch.device("cpu"), dtype=torch.float32, seed=0, ranks=ranks,
     )  # fmt: skip

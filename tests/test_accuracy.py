@@ -19,7 +19,7 @@ from benchmarks.held_tissue import (
     training_samples,
     weights_file,
 )
-from benchmarks.our_recipe import LAPTOP, sort_settings
+from benchmarks.our_recipe import LAPTOP, group_settings
 from cellseg.errors import SettingsError
 
 SIDE = 64
@@ -92,7 +92,7 @@ def test_data_and_weights_that_are_missing_are_named(data, tmp_path, monkeypatch
 
 
 def test_settings_are_those_of_a_preset_and_what_to_train_on():
-    assert sort_settings({"crop_size": 96, "train_on": "tiles", "backbone": "x"}) == {
+    assert group_settings({"crop_size": 96, "train_on": "tiles", "backbone": "x"}) == {
         "own": {"backbone": "x", "train_on": "tiles"},
         "builder": {},
         "transform": {"crop_size": 96},
@@ -100,9 +100,9 @@ def test_settings_are_those_of_a_preset_and_what_to_train_on():
         "fit": {},
         "predict": {},
     }
-    sort_settings(LAPTOP)
+    group_settings(LAPTOP)
     with pytest.raises(SettingsError, match="nothing takes the setting 'crop'; use one of"):
-        sort_settings({"crop": 96})
+        group_settings({"crop": 96})
 
 
 def test_a_screen_has_minutes_or_epochs():

@@ -139,7 +139,7 @@ def test_settings_that_nothing_takes_are_told_before_anything_is_read(given, mes
 
 
 def test_every_setting_with_an_option_of_its_own_is_one_of_a_recipe():
-    presets.sort_settings(dict.fromkeys(training.OPTIONS))
+    presets.group_settings(dict.fromkeys(training.OPTIONS))
 
 
 def test_images_that_are_alike_stay_on_one_side_of_the_split(tmp_path):

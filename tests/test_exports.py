@@ -27,7 +27,7 @@ from cellseg.data.release import INDEX_NAME
 from cellseg.errors import DataError, SettingsError
 from cellseg.evaluation import dataset_truth
 from cellseg.exports import masks, storing
-from cellseg.inference.merging import MaskLine
+from cellseg.overlap import MaskLine
 
 SIZE = (6, 9)  # height, width
 RECTANGLE = [2, 1, 6, 1, 6, 4, 2, 4]  # 4 wide, 3 high

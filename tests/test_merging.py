@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
 from cellseg.coco import make_record, mask_to_rle, sort_records
-from cellseg.inference.merging import box_neighbours, fuse, neighbour_ious, suppress
+from cellseg.inference.merging import fuse, suppress
+from cellseg.overlap import box_neighbours, neighbour_ious
 
 HEIGHT, WIDTH = 30, 50
 

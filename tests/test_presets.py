@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("name", presets.NAMES)
 def test_every_setting_of_a_preset_is_taken(name):
     recipe = presets.preset(name)
-    parts = presets.sort_settings(recipe)
+    parts = presets.group_settings(recipe)
     assert set().union(*parts.values()) == set(recipe)
     assert presets.pick_builder(recipe["backbone"]) in BUILDERS.values()
     assert recipe["epochs"] or recipe["time_budget"]
@@ -62,7 +62,7 @@ def test_a_length_replaces_the_preset_length(overrides, length, reason):
 
 
 def test_a_setting_goes_to_all_that_take_it():
-    parts = presets.sort_settings(
+    parts = presets.group_settings(
         {"crop_size": 9, "seed": 4, "norm": "frozen", "weights": None, "mask_threshold": 0.4}
     )
     assert parts == {
@@ -104,12 +104,12 @@ def test_sizes_are_settled_from_the_cells(tmp_path):
     write_sample(tmp_path / "a", plain_image(40, 50), {1: ids})
     dataset = CellDataset(tmp_path)
     automatic = {"image_scale": "auto", "network_size": 320, "norm": "auto"}
-    assert presets.settle_sizes(automatic, dataset) == {
+    assert presets.resolve_sizes(automatic, dataset) == {
         "image_scale": 2.0, "crop_size": 160, "norm": "auto",
     }  # fmt: skip
-    fixed = presets.settle_sizes(automatic | {"image_scale": "0.5"}, None)
+    fixed = presets.resolve_sizes(automatic | {"image_scale": "0.5"}, None)
     assert (fixed["image_scale"], fixed["crop_size"]) == (0.5, 640)
-    given = presets.settle_sizes(automatic | {"crop_size": 99}, dataset)
+    given = presets.resolve_sizes(automatic | {"crop_size": 99}, dataset)
     assert (given["image_scale"], given["crop_size"]) == (2.0, 99)
 
 
@@ -128,4 +128,4 @@ def test_sizes_are_settled_from_the_cells(tmp_path):
 )
 def test_sizes_that_cannot_be_settled_are_named(settings, message):
     with pytest.raises(SettingsError, match=message):
-        presets.settle_sizes(settings, None)
+        presets.resolve_sizes(settings, None)

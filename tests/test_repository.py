@@ -24,6 +24,7 @@ ROOMS = [
     {"files"},
     {"rle"},
     {"coco"},
+    {"overlap"},
     {"data"},
     {"models"},
     {"inference"},

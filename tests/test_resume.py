@@ -31,7 +31,7 @@ if os.name == "nt":
 pytestmark = pytest.mark.slow
 
 STEPS = 2 * STEPS_PER_EPOCH
-SCORED = "cellseg.training.examination.score_records"
+SCORED = "cellseg.training.epoch_scores.score_records"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from cellseg.errors import SettingsError
 from cellseg.training import pick_device
 from cellseg.training.averaging import WeightAverage
 from cellseg.training.precision import autocast, pick_precision
-from cellseg.training.schedule import Length, learning_rate_share
+from cellseg.training.schedule import TrainingLength, learning_rate_share
 from cellseg.training.session import split_by_decay
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +51,7 @@ LENGTHS = [
     ("reason", "length", "state", "progress"), LENGTHS, ids=[case[0] for case in LENGTHS]
 )
 def test_progress_of_a_run(reason, length, state, progress):
-    assert Length(*length).progress(*state) == progress
+    assert TrainingLength(*length).progress(*state) == progress
 
 
 def test_average_trails_the_weights_and_its_decay_warms_up():

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from benchmarks.consep_ids import tiles_of
 from benchmarks.groups_on_tissue import pair_agreement
 from cellseg.data import CellDataset
-from cellseg.data.descriptors import appearance, find_spots, look_at, pixel_digest, quarters
+from cellseg.data.descriptors import appearance, describe_image, find_spots, pixel_digest, quarters
 from cellseg.data.links import BORDER, SAME, SHARED, find_links
 from cellseg.data.similarity import (
     LOOKS,
@@ -107,13 +107,13 @@ def test_what_two_images_have_in_common_is_found(slides):
         "other": slides[1],
     }
     names = list(images)
-    links = find_links([look_at(image.contiguous()) for image in images.values()])
+    links = find_links([describe_image(image.contiguous()) for image in images.values()])
     found = {(names[i], names[j]): cue for (i, j), cue in links.items()}
     assert found[("left", "right")] == BORDER
     assert found[("left", "overlapping")] == SHARED and found[("right", "overlapping")] == SHARED
     assert found[("left", "turned")] == SHARED
     assert not any("other" in pair for pair in found)
-    same = find_links([look_at(slide), look_at(slide.flip(1))])
+    same = find_links([describe_image(slide), describe_image(slide.flip(1))])
     assert same == {(0, 1): SAME}
 
 
@@ -131,7 +131,7 @@ def test_flips_and_turns_change_neither_descriptor_nor_digest(slides):
 
 
 def test_the_distance_is_small_within_a_slide(dataset, pieces):
-    distances = appearance_distances([look_at(pieces[name]) for name in dataset.sample_ids])
+    distances = appearance_distances([describe_image(pieces[name]) for name in dataset.sample_ids])
     slide = np.array([name[0] for name in dataset.sample_ids])
     within = slide[:, None] == slide
     np.testing.assert_allclose(distances, distances.T)

@@ -23,8 +23,8 @@ from cellseg.coco import (
 )
 from cellseg.errors import SettingsError
 from cellseg.inference import predict_image, predict_images, predict_tiles
-from cellseg.inference.merging import neighbour_ious
 from cellseg.inference.tiles import Tile, join_tiles, place_records, plan_for_model, plan_tiles
+from cellseg.overlap import neighbour_ious
 
 
 class CuttingModel(nn.Module):

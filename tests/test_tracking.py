@@ -10,8 +10,8 @@ import pytest
 
 from cellseg.errors import SettingsError, TrainingError
 from cellseg.training import EpochSummary, TrainingInterrupted
-from cellseg.training.outcome import OUTCOME_NAME, Outcome, outcome_told, read_outcome
-from cellseg.training.tracking import Forgiving, scalars
+from cellseg.training.outcome import OUTCOME_NAME, Outcome, read_outcome, recorded_outcome
+from cellseg.training.tracking import SafeTracker, scalars
 
 SUMMARY = EpochSummary(
     epoch=3, step=30, learning_rate=1e-4, train_loss=1.5, val_loss=None,
@@ -56,7 +56,7 @@ def tensorboard(monkeypatch):
 
 
 def test_what_was_measured_is_told_by_epoch(tensorboard, tmp_path):
-    tracked = Forgiving("tensorboard", tmp_path)
+    tracked = SafeTracker("tensorboard", tmp_path)
     tracked.log(SUMMARY)
     tracked.close()
     writer = tensorboard.made[0]
@@ -75,7 +75,7 @@ def test_what_was_measured_is_told_by_epoch(tensorboard, tmp_path):
 @pytest.mark.parametrize("what", ["add_scalar", "close"])
 def test_a_tracker_that_fails_is_left_out_with_one_warning(what, tensorboard, tmp_path):
     tensorboard.fails.append(what)
-    tracked = Forgiving("tensorboard", tmp_path)
+    tracked = SafeTracker("tensorboard", tmp_path)
     with pytest.warns(UserWarning, match="tracker 'tensorboard' failed .* and is left out") as told:
         tracked.log(SUMMARY)
         tracked.log(SUMMARY)
@@ -87,7 +87,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(what, tensorboard, tm
 def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match=r"left out; pip install tensorboard; metrics.jsonl has"):
-        tracked = Forgiving("tensorboard", tmp_path)
+        tracked = SafeTracker("tensorboard", tmp_path)
     tracked.log(SUMMARY)
 
 
@@ -95,7 +95,7 @@ def test_tensorboard_itself_reads_what_was_written(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracked = Forgiving("tensorboard", tmp_path)
+    tracked = SafeTracker("tensorboard", tmp_path)
     tracked.log(SUMMARY)
     tracked.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -106,9 +106,9 @@ def test_tensorboard_itself_reads_what_was_written(tmp_path):
 def test_no_tracker_does_nothing_and_an_unknown_one_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Forgiving("none", tmp_path).log(SUMMARY)
+        SafeTracker("none", tmp_path).log(SUMMARY)
     with pytest.raises(SettingsError, match="tracker is 'wandb'; use one of none, tensorbo"):
-        Forgiving("wandb", tmp_path)
+        SafeTracker("wandb", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_no_tracker_does_nothing_and_an_unknown_one_is_named(tmp_path):
 )
 def test_a_run_leaves_word_how_it_ended(error, expected, tmp_path):
     def end():
-        with outcome_told(tmp_path, 2):
+        with recorded_outcome(tmp_path, 2):
             assert read_outcome(tmp_path) == Outcome("running", 2)
             if error is not None:
                 raise error
@@ -145,13 +145,13 @@ def test_a_word_that_cannot_be_read_is_none(text, tmp_path):
 
 
 def test_a_process_that_does_not_write_leaves_no_word(tmp_path):
-    with outcome_told(tmp_path, 0, writes=False):
+    with recorded_outcome(tmp_path, 0, writes=False):
         pass
     assert not (tmp_path / OUTCOME_NAME).exists()
 
 
 def test_the_word_is_plain_json(tmp_path):
-    with outcome_told(tmp_path, 1):
+    with recorded_outcome(tmp_path, 1):
         pass
     assert json.loads((tmp_path / OUTCOME_NAME).read_text(encoding="utf-8")) == {
         "outcome": "finished", "epochs_before": 1, "signal": None, "message": "",

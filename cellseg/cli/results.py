@@ -107,11 +107,11 @@ def _test_images(release: Path, channel_order: str) -> "TestDataset":
 
 def _prediction(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of prediction, and say what they are: given, else the run's."""
-    from cellseg.presets import sort_settings
+    from cellseg.presets import group_settings
     from cellseg.training import read_prediction
 
     given = {name: value for name, value in given.items() if value is not None}
-    remembered = sort_settings(read_prediction(run_dir))["predict"]
+    remembered = group_settings(read_prediction(run_dir))["predict"]
     used = remembered | given
     parts = [
         f"{name} {value} ({'given' if name in given else 'the run remembers it'})"

@@ -138,8 +138,8 @@ def train(
         make_split = partial(divide, dataset, read_ids(val_ids), val_fraction, groups, seed)
         split = None if folds else ranks.from_first(make_split)
         sized = dataset.subset(split.train_ids) if split else dataset
-        recipe = ranks.from_first(partial(presets.settle_sizes, recipe, sized))
-        parts = presets.sort_settings(recipe)
+        recipe = ranks.from_first(partial(presets.resolve_sizes, recipe, sized))
+        parts = presets.group_settings(recipe)
         build = partial(
             presets.pick_builder(recipe["backbone"]),
             dataset.num_classes,
@@ -153,7 +153,7 @@ def train(
         }  # fmt: skip
         if ranks.first:
             typer.echo(f"preset {chosen}: {recipe}")
-        with told_if_stopped(ranks.first):
+        with exit_on_signal(ranks.first):
             if folds:
                 _train_folds(
                     build, dataset, parts, folds, runs_dir, name,
@@ -181,7 +181,7 @@ def train_launched(
 
 
 @contextmanager
-def told_if_stopped(tells: bool) -> Iterator[None]:
+def exit_on_signal(tells: bool) -> Iterator[None]:
     """Exit with 128 + the signal's number if training in the block is asked to stop."""
     from cellseg.training import TrainingInterrupted
 

@@ -94,7 +94,7 @@ def unpack(
     archive, folder = Path(archive), Path(folder)
     if not is_archive(archive):
         raise DataError(f"{archive} is no tar or zip archive, or was cut short; download it again")
-    with _told_as_damage(archive):
+    with _archive_errors(archive):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 entries = _accept(archive, _zip_entries(file), folder, max_bytes, max_files)
@@ -108,7 +108,7 @@ def unpack(
 
 
 @contextmanager
-def _told_as_damage(archive: Path) -> Iterator[None]:
+def _archive_errors(archive: Path) -> Iterator[None]:
     """Turn the many ways in which a cut or damaged archive fails into one error."""
     try:
         yield

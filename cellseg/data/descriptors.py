@@ -17,7 +17,7 @@ _STEP = 4  # between the samples of a patch
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageDescriptor:
     """What is known of one image.
 
     Attributes:
@@ -34,13 +34,13 @@ class Look:
     digest: str
 
 
-def look_at(image: torch.Tensor) -> Look:
+def describe_image(image: torch.Tensor) -> ImageDescriptor:
     """Return what an image, uint8 [3, H, W], looks like.
 
     Nothing is resized: images of one magnification are compared.
     """
     density = optical_density(image.numpy())
-    return Look(
+    return ImageDescriptor(
         parts=np.array([appearance(part) for part in quarters(image)], dtype=np.float64),
         spots=find_spots(density.mean(axis=0)),
         borders={

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import fft
 
-from cellseg.data.descriptors import Look
+from cellseg.data.descriptors import ImageDescriptor
 
 SAME, SHARED, BORDER = "the same pixels", "shared tissue", "a shared border"
 MIN_BORDER = 48
@@ -17,15 +17,15 @@ MIN_LIKENESS = 0.985  # cosine of two patches around the same spot
 MIN_SPOTS = 3  # that two images must have in common
 
 
-def find_links(looks: Sequence[Look]) -> dict[tuple[int, int], str]:
+def find_links(descriptors: Sequence[ImageDescriptor]) -> dict[tuple[int, int], str]:
     """Return the pairs (i, j), i < j, of images that come from one place, and how one knows.
 
     The same pixels, if need be flipped or turned; spots in common, as where one image overlaps
     another or is a recompressed copy of it; or borders that go on in the other image.
     """
-    links = {pair: BORDER for pair in _pairs(border_agreement(looks) >= MIN_AGREEMENT)}
-    links |= {pair: SHARED for pair in _pairs(common_spots(looks) >= MIN_SPOTS)}
-    digests = np.array([look.digest for look in looks])
+    links = {pair: BORDER for pair in _pairs(border_agreement(descriptors) >= MIN_AGREEMENT)}
+    links |= {pair: SHARED for pair in _pairs(common_spots(descriptors) >= MIN_SPOTS)}
+    digests = np.array([one.digest for one in descriptors])
     links |= {pair: SAME for pair in _pairs(digests[:, None] == digests)}
     return dict(sorted(links.items()))
 
@@ -36,17 +36,17 @@ def _pairs(found: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
-def common_spots(looks: Sequence[Look]) -> np.ndarray:
+def common_spots(descriptors: Sequence[ImageDescriptor]) -> np.ndarray:
     """Return int [N, N]: how many spots of image i have their likeness in image j.
 
     A spot of i counts for the image in which its most similar patch lies, if that is a likeness.
     """
-    owners = np.repeat(np.arange(len(looks)), [len(look.spots) for look in looks])
-    spots = np.concatenate([look.spots for look in looks])
-    found = np.zeros((len(looks), len(looks)), dtype=np.int64)
-    for index, look in enumerate(looks):
-        if len(look.spots):
-            cosines = look.spots @ spots.T
+    owners = np.repeat(np.arange(len(descriptors)), [len(one.spots) for one in descriptors])
+    spots = np.concatenate([one.spots for one in descriptors])
+    found = np.zeros((len(descriptors), len(descriptors)), dtype=np.int64)
+    for index, one in enumerate(descriptors):
+        if len(one.spots):
+            cosines = one.spots @ spots.T
             cosines[:, owners == index] = 0
             best = cosines.argmax(axis=1)
             alike = cosines[np.arange(len(best)), best] >= MIN_LIKENESS
@@ -54,16 +54,18 @@ def common_spots(looks: Sequence[Look]) -> np.ndarray:
     return found
 
 
-def border_agreement(looks: Sequence[Look]) -> np.ndarray:
+def border_agreement(descriptors: Sequence[ImageDescriptor]) -> np.ndarray:
     """Return float [N, N]: how well the lower or right border of i goes on in image j.
 
     The signs of change along a border are compared with those along the other one, at every
     offset that leaves `MIN_BORDER` pixels in common. The agreement of n pixels is the mean product
     of their signs, -1 to 1, times the root of n: what chance gives does not grow with n.
     """
-    down = _best_agreement([k.borders["bottom"] for k in looks], [k.borders["top"] for k in looks])
+    down = _best_agreement(
+        [k.borders["bottom"] for k in descriptors], [k.borders["top"] for k in descriptors]
+    )
     across = _best_agreement(
-        [k.borders["right"] for k in looks], [k.borders["left"] for k in looks]
+        [k.borders["right"] for k in descriptors], [k.borders["left"] for k in descriptors]
     )
     agreement = np.maximum(down, across)
     np.fill_diagonal(agreement, 0)

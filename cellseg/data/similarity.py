@@ -15,7 +15,7 @@ from scipy.spatial.distance import pdist, squareform
 from tqdm.auto import tqdm
 
 from cellseg.data.dataset import CellDataset, SampleImages
-from cellseg.data.descriptors import Look, look_at
+from cellseg.data.descriptors import ImageDescriptor, describe_image
 from cellseg.data.links import BORDER, SAME, SHARED, find_links
 from cellseg.errors import SettingsError
 
@@ -80,10 +80,10 @@ def group_by_similarity(
     """
     if not 0 < max_share <= 1:
         raise SettingsError(f"max_share is {max_share}; it must lie over 0 and at most at 1")
-    looks = _look_at_all(dataset, progress)
-    distances = group_distances(looks, find_links(looks))
+    descriptors = _describe_all(dataset, progress)
+    distances = group_distances(descriptors, find_links(descriptors))
     numbers: dict[str, int] = {}
-    for number, members in enumerate(_cut(distances, int(max_share * len(looks))), start=1):
+    for number, members in enumerate(_cut(distances, int(max_share * len(descriptors))), start=1):
         numbers |= dict.fromkeys((dataset.sample_ids[index] for index in members), number)
     return dict(sorted(numbers.items()))
 
@@ -114,9 +114,9 @@ def nearest_training_images(
             f"{len(train_ids & val_ids)} of them both; give two sides that have nothing in common"
         )
     both = dataset.subset([*train_ids, *val_ids])
-    looks = _look_at_all(both, progress)
-    links = find_links(looks)
-    distances = _brought_closer(appearance_distances(looks), links)
+    descriptors = _describe_all(both, progress)
+    links = find_links(descriptors)
+    distances = _brought_closer(appearance_distances(descriptors), links)
     is_train = np.array([name in train_ids for name in both.sample_ids])
     distances[:, ~is_train] = np.inf
     found = []
@@ -150,14 +150,16 @@ def leaks_table(nearest: Sequence[Nearest], *, rows: int = 10) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _look_at_all(dataset: CellDataset, progress: bool) -> list[Look]:
+def _describe_all(dataset: CellDataset, progress: bool) -> list[ImageDescriptor]:
     """Return what every image of a dataset looks like."""
     images = SampleImages(dataset)
-    indices = tqdm(range(len(images)), desc="look", unit="image", disable=not progress, leave=False)
-    return [look_at(images[index][0]) for index in indices]
+    indices = tqdm(
+        range(len(images)), desc="describe", unit="image", disable=not progress, leave=False
+    )
+    return [describe_image(images[index][0]) for index in indices]
 
 
-def appearance_distances(looks: Sequence[Look]) -> np.ndarray:
+def appearance_distances(descriptors: Sequence[ImageDescriptor]) -> np.ndarray:
     """Return float64 [N, N]: how differently images are coloured and textured.
 
     A descriptor counts by what it varies between images against what it varies within one, since
@@ -165,10 +167,10 @@ def appearance_distances(looks: Sequence[Look]) -> np.ndarray:
     scatter, as for speakers in "Within-class covariance normalization for SVM-based speaker
     recognition" (Hatch, Kajarekar and Stolcke, 2006), the quarters in the place of known classes.
     """
-    means = np.array([look.parts.mean(axis=0) for look in looks])
+    means = np.array([one.parts.mean(axis=0) for one in descriptors])
     scale = means.std(axis=0) + 1e-9
-    inside = np.concatenate([(look.parts - look.parts.mean(axis=0)) / scale for look in looks])
-    freedom = len(inside) - len(looks)
+    inside = np.concatenate([(one.parts - one.parts.mean(axis=0)) / scale for one in descriptors])
+    freedom = len(inside) - len(descriptors)
     size = means.shape[1]
     scatter = inside.T @ inside / freedom if inside.any() else np.eye(size)
     scatter += STIFFNESS * np.trace(scatter) / size * np.eye(size)
@@ -177,15 +179,15 @@ def appearance_distances(looks: Sequence[Look]) -> np.ndarray:
     return squareform(pdist(turned)) / np.sqrt(2 * size)
 
 
-def group_distances(looks: Sequence[Look], links: Links) -> np.ndarray:
+def group_distances(descriptors: Sequence[ImageDescriptor], links: Links) -> np.ndarray:
     """Return the distances by which images are grouped: in one place, all are close to all."""
     pairs = np.array(list(links), dtype=int).reshape(-1, 2)
-    shape = (len(looks), len(looks))
+    shape = (len(descriptors), len(descriptors))
     graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=shape)
     place = sparse.csgraph.connected_components(graph, directed=False)[1]
     rows, columns = np.nonzero(np.triu(place[:, None] == place, 1))
     together = dict.fromkeys(zip(rows.tolist(), columns.tolist(), strict=True), LOOKS)
-    return _brought_closer(appearance_distances(looks), together | links)
+    return _brought_closer(appearance_distances(descriptors), together | links)
 
 
 def _brought_closer(distances: np.ndarray, links: Links) -> np.ndarray:

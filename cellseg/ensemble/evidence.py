@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellseg.coco import Record, record_order
+from cellseg.coco import Record, group_by_image, record_order
 from cellseg.ensemble.rules import RULES
 from cellseg.evaluation.matches import Candidates, Matches, average_precision, find_candidates
 from cellseg.evaluation.scores import AT_50, Truth, check_fit, mean_or_none
-from cellseg.inference.merging import group_by_image, neighbour_ious
+from cellseg.overlap import neighbour_ious
 
 Clusters = tuple[np.ndarray, np.ndarray]
 

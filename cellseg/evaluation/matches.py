@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from cellseg.coco import Record
-from cellseg.inference.merging import MaskLine, box_neighbours
+from cellseg.overlap import MaskLine, box_neighbours
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)

@@ -16,9 +16,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from cellseg.coco import Record, Rle, sort_records
+from cellseg.coco import Record, Rle, group_by_image, sort_records
 from cellseg.evaluation.scores import Truth, check_fit, scores_table
-from cellseg.inference.merging import MaskLine, group_by_image
+from cellseg.overlap import MaskLine
 
 MATCH_IOU = 0.5  # a match needs more; of disjoint nuclei only one can have it
 FOUND_WITHIN = 12.0  # px between centroids, HoVer-Net's radius at 40x

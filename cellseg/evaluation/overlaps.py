@@ -13,7 +13,7 @@ import numpy as np
 from cellseg.coco import Record
 from cellseg.evaluation.matches import Matches, average_precision, match_records
 from cellseg.evaluation.scores import Truth, check_fit
-from cellseg.inference.merging import MaskLine, box_neighbours
+from cellseg.overlap import MaskLine, box_neighbours
 
 FOUND_IOU = 0.5  # t_f of TIDE
 NEAR_IOU = 0.1  # t_b of TIDE: a record with less is on no cell

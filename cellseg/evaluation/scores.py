@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from cellseg.coco import Record, instance_map_to_rles, xyxy_to_xywh
+from cellseg.coco import Record, group_by_image, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
 from cellseg.evaluation.matches import average_precision, match_records
 from cellseg.files import escape_markdown
-from cellseg.inference.merging import MaskLine, box_neighbours, group_by_image
+from cellseg.overlap import MaskLine, box_neighbours
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
 AT_50, AT_75 = 0, 5  # of the ten IoUs

@@ -10,7 +10,7 @@ import tifffile
 
 from cellseg.coco import Rle
 from cellseg.files import write_atomically
-from cellseg.inference.merging import MaskLine, box_neighbours
+from cellseg.overlap import MaskLine, box_neighbours
 
 
 def box_masks(masks: MaskLine) -> Iterator[np.ndarray]:

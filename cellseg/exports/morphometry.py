@@ -15,7 +15,7 @@ from cellseg.errors import DataError, SettingsError
 from cellseg.exports.masks import box_masks
 from cellseg.exports.pictures import Cell, Picture
 from cellseg.files import open_atomically
-from cellseg.inference.merging import MaskLine
+from cellseg.overlap import MaskLine
 
 # column without its unit -> power of a pixel's side
 _SIZES = {

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cellseg.coco import rle_area
+from cellseg.coco import group_by_image, rle_area
 from cellseg.data.dataset import CellDataset
 from cellseg.data.decoding import read_size
 from cellseg.data.reading import CLASS_NAMES
 from cellseg.data.release import INDEX_NAME, TEST_NAME, find_release, read_test_index
 from cellseg.errors import DataError
 from cellseg.exports.storing import sample_names
-from cellseg.inference.merging import group_by_image
 
 Cell = dict[str, Any]
 """A record, or an annotation of the truth: the same keys, but no score."""

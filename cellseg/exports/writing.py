@@ -14,7 +14,7 @@ from cellseg.exports.masks import box_masks, paint_masks, write_map
 from cellseg.exports.pictures import Cell, Picture
 from cellseg.exports.rings import mask_to_polygons
 from cellseg.files import open_atomically
-from cellseg.inference.merging import MaskLine
+from cellseg.overlap import MaskLine
 
 OBJECT_TYPES = ("detection", "annotation")
 # Okabe and Ito's colours, which are told apart with any colour vision.

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cellseg.coco import Record, record_order, sort_records
-from cellseg.inference.merging import find_owners, group_by_image
+from cellseg.coco import Record, group_by_image, record_order, sort_records
+from cellseg.inference.merging import find_owners
 
 
 def settle_classes(records: Iterable[Record], *, iou_threshold: float = 0.5) -> list[Record]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from cellseg.coco import Record
+from cellseg.coco import Record, group_by_image
 from cellseg.data import CellDataset
 from cellseg.evaluation import (
     Evaluation,
@@ -15,7 +15,6 @@ from cellseg.evaluation import (
     worst_cells,
 )
 from cellseg.evaluation.scores import Truth
-from cellseg.inference.merging import group_by_image
 from cellseg.report.analysis_plots import (
     plot_calibration,
     plot_errors_mended,

@@ -13,7 +13,7 @@ from cellseg.data import TestImage, read_test_index
 from cellseg.errors import RecordsError
 from cellseg.evaluation.scores import COCO_CAP
 from cellseg.files import escape_markdown
-from cellseg.inference.merging import neighbour_ious
+from cellseg.overlap import neighbour_ious
 from cellseg.submission.compliance import breaks_limit, compliance, member_settings
 from cellseg.submission.files import RESULTS_NAME, parse_results, read_results
 

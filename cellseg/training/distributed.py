@@ -94,7 +94,7 @@ class Ranks:
         """
         if not self.several:
             return model
-        with told_if_lost():
+        with rank_errors():
             return DistributedDataParallel(
                 model,
                 process_group=self.steps,
@@ -125,7 +125,7 @@ class Ranks:
             return Meeting(ready, signum, seconds)
         mine = torch.tensor([ready, signum or 0, seconds], dtype=torch.float64)
         all_of = [torch.empty_like(mine) for _ in range(self.count)]
-        with told_if_lost():
+        with rank_errors():
             distributed.all_gather(all_of, mine, group=self.steps)
         everyone = torch.stack(all_of)
         asked = int(everyone[:, 1].max())
@@ -136,7 +136,7 @@ class Ranks:
         if not self.several:
             return
         flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
-        with told_if_lost():
+        with rank_errors():
             distributed.all_reduce(flat, group=self.steps)
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
@@ -154,7 +154,7 @@ class Ranks:
         if not self.several:
             return [value]
         values = [None] * self.count if self.first else None
-        with told_if_lost():
+        with rank_errors():
             distributed.gather_object(value, values)
         return values
 
@@ -163,7 +163,7 @@ class Ranks:
         if not self.several:
             return make()
         box = [make() if self.first else None]
-        with told_if_lost():
+        with rank_errors():
             distributed.broadcast_object_list(box)
         return box[0]
 
@@ -172,7 +172,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def told_if_lost() -> Iterator[None]:
+def rank_errors() -> Iterator[None]:
     """Raise RankLost where a block that exchanges something with other ranks fails."""
     try:
         yield
@@ -208,12 +208,12 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         yield ALONE
         return
     backend = _backend(pick_device(device))
-    with told_if_lost():
+    with rank_errors():
         distributed.init_process_group(backend, timeout=WORK_PATIENCE)
         steps = distributed.new_group(timeout=STEP_PATIENCE)
     yield Ranks(distributed.get_rank(), distributed.get_world_size(), _local_rank(), steps)
     # Not after an error: the others may be gone, and leaving in order would wait for them.
-    with told_if_lost():
+    with rank_errors():
         distributed.barrier()
         distributed.destroy_process_group()
 

@@ -18,16 +18,16 @@ from tqdm.auto import tqdm
 
 from cellseg.errors import DataError, SettingsError, TrainingError
 from cellseg.training.distributed import RankLost, Ranks, join_ranks
-from cellseg.training.examination import Examination
+from cellseg.training.epoch_scores import EpochEvaluator
 from cellseg.training.interruption import StopRequest, alarms_held_back, stop_requests
 from cellseg.training.keeper import StateKeeper
 from cellseg.training.lock import RunLock, lock_run
-from cellseg.training.outcome import outcome_told
+from cellseg.training.outcome import recorded_outcome
 from cellseg.training.precision import pick_device, pick_precision
 from cellseg.training.run import EpochSummary
-from cellseg.training.schedule import Length
+from cellseg.training.schedule import TrainingLength
 from cellseg.training.session import Batch, Session, Share
-from cellseg.training.tracking import Forgiving
+from cellseg.training.tracking import SafeTracker
 from cellseg.training.validation import validate
 
 # Of torch's messages about a worker that was killed, or about its shared memory.
@@ -146,7 +146,7 @@ def fit(
         session = Session(
             model,
             batches_per_epoch=len(train_loader),
-            length=Length(epochs, time_budget),
+            length=TrainingLength(epochs, time_budget),
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warmup=warmup,
@@ -164,14 +164,14 @@ def fit(
         if ranks.several and val_loader is not None:
             val_loader.sampler.deal(ranks.rank, ranks.count)
         held_out = None if val_loader is None else val_loader.dataset
-        examination = Examination(held_out, train_loader.dataset, probe_images)
+        evaluator = EpochEvaluator(held_out, train_loader.dataset, probe_images)
         with (
-            outcome_told(run_dir, session.epoch, writes=ranks.first),
-            closing(Forgiving(tracker if ranks.first else "none", Path(run_dir))) as tracked,
+            recorded_outcome(run_dir, session.epoch, writes=ranks.first),
+            closing(SafeTracker(tracker if ranks.first else "none", Path(run_dir))) as tracked,
         ):
             show = progress and ranks.first
             for summary in _epochs(
-                session, keeper, lock, train_loader, val_loader, examination, validate_every, show
+                session, keeper, lock, train_loader, val_loader, evaluator, validate_every, show
             ):
                 tracked.log(summary)
                 yield summary
@@ -183,7 +183,7 @@ def _epochs(
     lock: RunLock | None,
     train_loader: DataLoader,
     val_loader: DataLoader | None,
-    examination: Examination,
+    evaluator: EpochEvaluator,
     validate_every: int,
     show: bool,
 ) -> Iterator[EpochSummary]:
@@ -195,7 +195,7 @@ def _epochs(
             _train_epoch(session, train_loader, keeper, lock, stop, show)
             due = (session.epoch + 1) % validate_every == 0 or session.progress >= 1
             validation = None
-            with told_of_reading():
+            with loader_errors():
                 if due and val_loader is not None:
                     keeper.save()
                     stop.at_once = keeper.interrupted
@@ -207,7 +207,7 @@ def _epochs(
                         progress=show,
                         ranks=ranks,
                     )
-                summary = ranks.from_first(partial(examination.summarise, session, validation))
+                summary = ranks.from_first(partial(evaluator.summarise, session, validation))
             stop.at_once = None
             keeper.close_epoch(summary)
             asked = ranks.meet(True, stop.signum, session.seconds).signum
@@ -253,19 +253,19 @@ def _train_epoch(
         disable=not show,
         leave=False,
     )
-    with bar, told_of_reading(keeper.save):
+    with bar, loader_errors(keeper.save):
         clock = time.perf_counter()
         groups = _groups(_batches(loader, stop), session.accumulate, last - session.batch)
         while True:
             group = next(groups, None)
-            with saved_if_failing(keeper):
+            with save_on_error(keeper):
                 meeting = session.ranks.meet(group is not None, stop.signum, session.seconds)
             session.seconds = meeting.seconds
             over = session.length.time_budget and session.progress >= 1
             if not meeting.ready or meeting.signum is not None or over:
                 break
             with alarms_held_back(stop):
-                with saved_if_failing(keeper):
+                with save_on_error(keeper):
                     session.train_step(group, _shares(session, group, loader))
                 bar.update(len(group))
                 clock = _count_time(session, clock)
@@ -296,7 +296,7 @@ def _shares(session: Session, group: list[Batch], loader: DataLoader) -> list[Sh
 
 
 @contextmanager
-def saved_if_failing(keeper: StateKeeper) -> Iterator[None]:
+def save_on_error(keeper: StateKeeper) -> Iterator[None]:
     """Save the state before a step that cannot be made, here or by another rank."""
     try:
         yield
@@ -321,7 +321,7 @@ def _batches(loader: DataLoader, stop: StopRequest) -> Iterator[Batch]:
 
 
 @contextmanager
-def told_of_reading(save: Callable[[], None] | None = None) -> Iterator[None]:
+def loader_errors(save: Callable[[], None] | None = None) -> Iterator[None]:
     """Say in one sentence what went wrong where a loader reads, after saving the state.
 
     An error of a worker arrives as a text that holds its whole traceback; the last line is ours.

@@ -102,7 +102,7 @@ def train_folds(
         dataset: all images; their image ids are those of the records.
         folds: `(train_ids, val_ids)` of each, from `plan_folds` for the same `run_dir`.
         parts: settings by what takes them: "transform", "loaders", "fit" and "predict", as
-            `presets.sort_settings` returns them.
+            `presets.group_settings` returns them.
         run_dir: folder of the run.
         seed: of all draws.
         workers: processes that read ahead.

@@ -17,7 +17,7 @@ from cellseg.training.checkpoint import (
     write_checkpoint,
 )
 from cellseg.training.interruption import TrainingInterrupted
-from cellseg.training.lock import told_as_full
+from cellseg.training.lock import disk_errors
 from cellseg.training.run import EpochSummary, read_settings, write_history
 from cellseg.training.session import Session
 
@@ -48,7 +48,7 @@ class StateKeeper:
         """Save the state as it is."""
         if not self.writes:
             return
-        with told_as_full(self.run_dir):
+        with disk_errors(self.run_dir):
             save_state(self.run_dir, self._about() | self.session.state())
         self.saved_at = time.monotonic()
 
@@ -100,7 +100,7 @@ class StateKeeper:
         """Write the closed epochs into `metrics.jsonl`."""
         if not self.writes:
             return
-        with told_as_full(self.run_dir):
+        with disk_errors(self.run_dir):
             write_history(self.run_dir, [EpochSummary(**row) for row in self.session.history])
 
     def close_epoch(self, summary: EpochSummary) -> None:
@@ -127,7 +127,7 @@ class StateKeeper:
     def _write_best(self, summary: EpochSummary) -> None:
         """Write the averaged weights as the best so far."""
         best = {"model": self.session.average.model.state_dict(), "epoch": summary.epoch}
-        with told_as_full(self.run_dir):
+        with disk_errors(self.run_dir):
             write_checkpoint(
                 self.run_dir / "best.pt", self._about() | best | {"ap50": summary.ap50}
             )
@@ -139,7 +139,7 @@ class StateKeeper:
         try:
             os.link(self.run_dir / STATE_NAME, kept)
         except OSError:  # a file system without links
-            with told_as_full(self.run_dir):
+            with disk_errors(self.run_dir):
                 shutil.copy2(self.run_dir / STATE_NAME, kept)
         found = sorted(self.run_dir.glob("epoch_*.pt"), key=lambda path: (len(path.name), path))
         for old in found[: -self.keep]:

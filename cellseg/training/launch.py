@@ -29,7 +29,7 @@ from cellseg.training.checkpoint import read_checkpoint, write_checkpoint
 from cellseg.training.distributed import LOST, join_ranks
 from cellseg.training.fit import fit
 from cellseg.training.interruption import TrainingInterrupted
-from cellseg.training.lock import lock_run, told_as_full
+from cellseg.training.lock import disk_errors, lock_run
 from cellseg.training.outcome import OUTCOME_NAME, read_outcome
 from cellseg.training.run import EpochSummary, read_history
 
@@ -77,7 +77,7 @@ def launch(
         yield from fit(model, train_loader, val_loader, run_dir=run_dir, **settings)
         return
     run_dir = Path(run_dir)
-    with lock_run(run_dir), told_as_full(run_dir):  # nobody else trains there
+    with lock_run(run_dir), disk_errors(run_dir):  # nobody else trains there
         _describe(run_dir, model, train_loader, val_loader, settings)
         (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
     told = 0

@@ -19,7 +19,7 @@ SIGN_EVERY = 30.0  # seconds between signs of life
 
 
 @contextmanager
-def told_as_full(run_dir: Path) -> Iterator[None]:
+def disk_errors(run_dir: Path) -> Iterator[None]:
     """Raise TrainingError, with the remedy, where the block cannot write into the run's folder.
 
     torch's writer answers a full disk with a RuntimeError of its own.
@@ -68,7 +68,7 @@ def lock_run(run_dir: str | Path) -> Iterator[RunLock]:
     path = Path(run_dir) / LOCK_NAME
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
     mine["token"] = uuid.uuid4().hex
-    with told_as_full(path.parent):
+    with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
             if _create(path, mine):

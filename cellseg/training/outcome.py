@@ -43,7 +43,9 @@ def read_outcome(run_dir: str | Path) -> Outcome | None:
 
 
 @contextmanager
-def outcome_told(run_dir: str | Path, epochs_before: int, *, writes: bool = True) -> Iterator[None]:
+def recorded_outcome(
+    run_dir: str | Path, epochs_before: int, *, writes: bool = True
+) -> Iterator[None]:
     """Keep `outcome.json` true to what happens in the block.
 
     Args:

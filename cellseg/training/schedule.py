@@ -9,7 +9,7 @@ FINAL_SHARE = 0.01  # of the peak learning rate, where the cosine ends
 
 
 @dataclass(frozen=True)
-class Length:
+class TrainingLength:
     """How long a run is: a number of epochs, or seconds of training, whichever is given.
 
     Attributes:

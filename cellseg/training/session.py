@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cellseg.errors import CheckpointError, TrainingError
 from cellseg.training.averaging import WeightAverage
-from cellseg.training.distributed import ALONE, Ranks, told_if_lost
+from cellseg.training.distributed import ALONE, Ranks, rank_errors
 from cellseg.training.generators import generator_states, restore_generators
 from cellseg.training.precision import autocast
-from cellseg.training.schedule import Length, learning_rate_share
+from cellseg.training.schedule import TrainingLength, learning_rate_share
 from cellseg.training.validation import forked_seed, to_device
 
 SEED_STRIDE = 1_000_003  # keeps the draws of (seed, step) apart for neighbouring seeds
@@ -49,7 +49,7 @@ class Session:
         model: nn.Module,
         *,
         batches_per_epoch: int,
-        length: Length,
+        length: TrainingLength,
         learning_rate: float,
         weight_decay: float,
         warmup: float,
@@ -201,7 +201,7 @@ class Session:
     ) -> dict[str, Tensor] | None:
         """Add the gradients of a group, or leave none of them and return None: memory ran out."""
         try:
-            with told_if_lost() if self.ranks.several else nullcontext():
+            with rank_errors() if self.ranks.several else nullcontext():
                 return self._add_gradients(group, shares)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not _is_out_of_memory(error):

@@ -46,7 +46,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Forgiving:
+class SafeTracker:
     """Makes a tracker, and gives up on it, with one warning, when it first fails."""
 
     def __init__(self, name: str, run_dir: Path) -> None:

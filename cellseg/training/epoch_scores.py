@@ -14,7 +14,7 @@ from cellseg.training.session import Session
 from cellseg.training.validation import Validation
 
 
-class Examination:
+class EpochEvaluator:
     """Scores epochs against the truth, which it reads once, at the first epoch that is scored.
 
     Attributes:
