@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as F
 from benchmarks.made import write_sample
 from benchmarks.our_recipe import train_recipe
 from benchmarks.screen import processor_clock
-from cellseg import presets
+from cellseg import markdown, presets
 from cellseg.data import CellDataset, SampleImages
 from cellseg.data.stain import STAINS
 from cellseg.data.tissue import make_tissue
@@ -176,16 +176,17 @@ def examine_set(name: str, folder: Path, recipe: dict[str, Any]) -> dict[str, An
 
 def results_table(results: dict[str, Any]) -> str:
     """Return the results as Markdown, one row a set."""
-    shown = " | ".join(f"AP50 at {factor:g} x" for factor in FACTORS)
-    lines = [f"| set | automatic scale | {shown} | automatic / best | |", "|---|---|" + "---|" * 5]
+    at_factors = [f"AP50 at {factor:g} x" for factor in FACTORS]
+    rows = []
     for name, result in results.items():
         ap50 = [result["ap50"][f"{factor:g}"] for factor in FACTORS]
         ratio = result["ap50"]["1"] / max(ap50) if max(ap50) else 0.0
-        cells = " | ".join(f"{value:.3f}" for value in ap50)
         verdict = "holds" if ratio >= WANTED else "below 0.9"
         title, scale = SETS[name].title, result["image_scale"]
-        lines.append(f"| {title} | {scale:g} | {cells} | {ratio:.2f} | {verdict} |")
-    return "\n".join(lines) + "\n"
+        cells = [f"{value:.3f}" for value in ap50]
+        rows.append((title, f"{scale:g}", *cells, f"{ratio:.2f}", verdict))
+    header = "set", "automatic scale", *at_factors, "automatic / best", ""
+    return markdown.table(header, rows) + "\n"
 
 
 def write_picture(name: str, folder: Path, path: Path) -> None:

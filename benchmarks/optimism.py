@@ -33,6 +33,7 @@ from benchmarks.held_tissue import (
 )
 from benchmarks.our_recipe import our_predictor, train_recipe
 from benchmarks.screen import KEEP, processor_clock, screened_recipe
+from cellseg import markdown
 from cellseg.data import CellDataset, split_ids
 from cellseg.data.similarity import group_by_similarity
 from cellseg.errors import CellsegError
@@ -112,24 +113,21 @@ def measure(
 
 def table(found: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table and a sentence."""
-    lines = [
-        "| split | images | tile on both sides | AP50, validation | AP50, held tiles | excess |",
-        "|---|---|---|---|---|---|",
-    ]
+    scores = "AP50, validation", "AP50, held tiles", "excess"
+    header = "split", "images", "tile on both sides", *scores
+    rows = []
     for name in SPLITS:
         row = found["splits"][name]
-        lines.append(
-            f"| {name} | {row['train_images']} + {row['val_images']} | {row['shared_tiles']:.0%} | "
-            f"{row['validation']['ap50']:.3f} | {row['held']['ap50']:.3f} | "
-            f"{row['optimism']:+.3f} |"
-        )
+        images = f"{row['train_images']} + {row['val_images']}"
+        ap50 = [f"{row[part]['ap50']:.3f}" for part in ("validation", "held")]
+        excess = f"{row['optimism']:+.3f}"
+        rows.append((name, images, f"{row['shared_tiles']:.0%}", *ap50, excess))
     difference, excess = found["ap50_difference"], found["optimism_difference"]
-    lines += [
-        "",
+    return (
+        f"{markdown.table(header, rows)}\n\n"
         f"The random split says {difference:+.3f} AP50 against the grouped one; measured against "
-        f"the held tiles it promises {excess:+.3f} more.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"the held tiles it promises {excess:+.3f} more.\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from pycocotools import mask as mask_utils
 
 from cellseg.errors import RecordsError
 from cellseg.files import open_atomically
+from cellseg.markdown import first_lines
 from cellseg.rle import decode_counts, encode_counts
 
 Record = dict[str, Any]
@@ -268,13 +269,11 @@ def read_records(
         records, image_ids=image_ids, category_ids=category_ids, image_sizes=image_sizes
     )
     if faults:
-        shown = "\n  ".join(faults[:FAULTS_SHOWN])
-        more = len(faults) - FAULTS_SHOWN
-        tail = f"\n  and {more} more" if more > 0 else ""
+        shown = "\n  ".join(first_lines(faults, FAULTS_SHOWN))
         raise RecordsError(
             f"{path} has {len(faults)} fault{'s' * (len(faults) > 1)}; correct these records, or "
             "write the file anew:\n"
-            f"  {shown}{tail}",
+            f"  {shown}",
             faults,
         )
     return records

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from typing import IO, Any
 
 from cellseg.errors import DataError, SettingsError
 
-# What starts HTML, code, emphasis, a formula, a cell of a table, a new line or a link's address.
-_SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\](?=[(\[:])")
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -159,14 +156,3 @@ def digest_files(paths: Iterable[str | Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def escape_markdown(text: str) -> str:
-    """Return a text, such as a file's name, that Markdown shows as it is, in a table as well."""
-    return _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
-
-
-def markdown_code(text: str) -> str:
-    """Return a text as code in Markdown, whatever characters it has."""
-    escaped = escape_markdown(text)
-    return f"`{text}`" if escaped == text else f"<code>{escaped}</code>"

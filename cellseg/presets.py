@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from cellseg import markdown
 from cellseg.data import CellDataset, TrainTransform, make_loaders
 from cellseg.data.sizes import measure_cells, suggest_crop_size, suggest_image_scale
 from cellseg.errors import SettingsError, check_at_least
@@ -84,11 +85,11 @@ def pick_builder(backbone: str) -> Callable[..., nn.Module]:
 
 def presets_table() -> str:
     """Return all presets as a Markdown table, a setting and its reason on each line."""
-    lines = [f"| setting | {' | '.join(NAMES)} | why |", "|---|---|---|---|---|"]
-    for name, *values, reason in TABLE:
-        shown = " | ".join("-" if value is None else f"{value}" for value in values)
-        lines.append(f"| `{name}` | {shown} | {reason} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        (markdown.code(name), *("-" if value is None else f"{value}" for value in values), reason)
+        for name, *values, reason in TABLE
+    ]
+    return markdown.table(("setting", *NAMES, "why"), rows) + "\n"
 
 
 def read_overrides(texts: Iterable[str]) -> Recipe:

@@ -38,7 +38,8 @@ from cellseg.data.sizes import CellSizes
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, CheckpointError, DataError, RecordsError, WeightsError
 from cellseg.evaluation import ClassCurve, Scores, curves_table
-from cellseg.files import escape_markdown, read_json, write_atomically
+from cellseg.files import read_json, write_atomically
+from cellseg.markdown import escape
 from cellseg.models.weights import read_weights
 from cellseg.rle import encode_counts
 from cellseg.training import load_model, open_run, read_checkpoint, read_history
@@ -653,7 +654,7 @@ def test_names_are_escaped_in_what_is_rendered(name, tmp_path):
     for text in (ensemble_files(tmp_path).summary(), audit.table(), *scores):
         for piece in ("a|b", "`x`", "<script", "](java", "a\nb", "$x$"):
             assert piece not in text
-    assert escape_markdown("TCGA-5P_x (2).tif [1, 2]") == "TCGA-5P_x (2).tif [1, 2]"
+    assert escape("TCGA-5P_x (2).tif [1, 2]") == "TCGA-5P_x (2).tif [1, 2]"
 
 
 def test_no_error_is_caught_blindly():

@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 ROOMS = [
     {"errors"},
     {"files"},
+    {"markdown"},
     {"rle"},
     {"coco"},
     {"overlap"},

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cellseg.errors import DataError
+from cellseg.markdown import first_few
 
 MAX_BYTES = 40 * 10**9
 MAX_FILES = 200_000
@@ -165,8 +166,7 @@ def _accept(
             faults.append(f"{entry.name!r} {fault}")
         kept.append(entry)
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        text = "; ".join(faults[:5]) + more
+        text = first_few(faults, 5, "; ")
         raise DataError(f"{archive} is not safe to unpack: {text}; get it from its source again")
     free = shutil.disk_usage(folder).free
     if total > free:

@@ -9,6 +9,7 @@ import numpy as np
 from skimage.measure import label as label_pieces
 from tqdm.auto import tqdm
 
+from cellseg import markdown
 from cellseg.data.dataset import CellDataset
 from cellseg.data.reading import Instances, SampleFiles
 from cellseg.data.sizes import (
@@ -20,7 +21,6 @@ from cellseg.data.sizes import (
     sizes_of,
     suggest_image_scale,
 )
-from cellseg.files import escape_markdown
 
 MIN_AREA = 10
 """Cells of fewer pixels are called fragments."""
@@ -106,34 +106,35 @@ class Audit:
         """Return the table of facts about the images."""
         heights = [row.height for row in self.rows]
         widths = [row.width for row in self.rows]
-        lines = [
-            "| images | what was found |",
-            "|---|---|",
-            f"| number | {len(self.rows)}, {self.cells_per_image.count(0)} without cells |",
-            f"| height, px | {_spread(heights)} |",
-            f"| width, px | {_spread(widths)} |",
-            f"| cells an image | {_spread(self.cells_per_image)} |",
-            *self._size_lines(),
-            f"| channel order | {self._order_text()} |",
-            f"| oddities | {len(self.oddities)} |",
+        rows = [
+            ("number", f"{len(self.rows)}, {self.cells_per_image.count(0)} without cells"),
+            ("height, px", _spread(heights)),
+            ("width, px", _spread(widths)),
+            ("cells an image", _spread(self.cells_per_image)),
+            *self._size_rows(),
+            ("channel order", self._order_text()),
+            ("oddities", f"{len(self.oddities)}"),
         ]
-        return "\n".join(lines)
+        return markdown.table(("images", "what was found"), rows)
 
-    def _size_lines(self) -> list[str]:
-        """Return the image scale and the anchors that the cells' sizes suggest, a line each."""
+    def _size_rows(self) -> list[tuple[str, str]]:
+        """Return the image scale and the anchors that the cells' sizes suggest, a row each."""
         if not len(self.sizes.areas):
             return []
         scale, median = suggest_image_scale(self.sizes), np.median(self.sizes.whole.diameters)
         found = propose_anchors(self.sizes, scale)
         shape = f"{', '.join(map(str, found.sizes))} px x {', '.join(map(str, found.ratios))}"
         default = f"{DEFAULT_SIZES[0]} to {DEFAULT_SIZES[-1]} px"
-        return [
-            f"| image_scale | {scale:g}: the median cell is {median:.1f} px across, "
-            f"{scale * median:.0f} in the network ({TARGET_DIAMETER:.0f} are aimed at) |",
-            f"| anchors | {shape} reach IoU 0.5 for {found.coverage_50:.1%} of the cells, 0.7 for "
+        size = (
+            f"{scale:g}: the median cell is {median:.1f} px across, "
+            f"{scale * median:.0f} in the network ({TARGET_DIAMETER:.0f} are aimed at)"
+        )
+        reach = (
+            f"{shape} reach IoU 0.5 for {found.coverage_50:.1%} of the cells, 0.7 for "
             f"{found.coverage_70:.1%}; the default {default} {found.default_coverage_50:.1%} and "
-            f"{found.default_coverage_70:.1%} |",
-        ]
+            f"{found.default_coverage_70:.1%}"
+        )
+        return [("image_scale", size), ("anchors", reach)]
 
     def _order_text(self) -> str:
         """Return the channel order and what it was decided from."""
@@ -150,30 +151,26 @@ class Audit:
 
     def _class_table(self) -> str:
         """Return the table of classes: cells, images that hold them, areas."""
-        lines = [
-            "| class | name | cells | images | area, median px | 10-90 % |",
-            "|---|---|---|---|---|---|",
-        ]
+        rows = []
         for number, (name, areas) in enumerate(self.areas.items(), 1):
             images = sum(row.cells[number - 1] > 0 for row in self.rows)
             low, middle, high = np.percentile(areas, (10, 50, 90)) if len(areas) else (None,) * 3
-            spread = f"{middle:.0f} | {low:.0f}-{high:.0f}" if len(areas) else "- | -"
-            lines.append(
-                f"| {number} | {escape_markdown(name)} | {len(areas)} | {images} | {spread} |"
-            )
-        return "\n".join(lines)
+            spread = (f"{middle:.0f}", f"{low:.0f}-{high:.0f}") if len(areas) else ("-", "-")
+            rows.append((f"{number}", markdown.escape(name), f"{len(areas)}", f"{images}", *spread))
+        header = "class", "name", "cells", "images", "area, median px", "10-90 %"
+        return markdown.table(header, rows)
 
     def _oddity_table(self, max_oddities: int) -> str:
         """Return the table of oddities, or a sentence that there are none."""
         if not self.oddities:
             return "No oddities."
-        lines = ["| file | oddity | detail |", "|---|---|---|"]
-        for odd in self.oddities[:max_oddities]:
-            file = escape_markdown(f"{odd.sample_id}/{odd.file}")
-            lines.append(f"| {file} | {odd.kind} | {escape_markdown(odd.detail)} |")
+        rows = [
+            (markdown.escape(f"{odd.sample_id}/{odd.file}"), odd.kind, markdown.escape(odd.detail))
+            for odd in self.oddities[:max_oddities]
+        ]
         if (rest := len(self.oddities) - max_oddities) > 0:
-            lines.append(f"| ... | | and {rest} more |")
-        return "\n".join(lines)
+            rows.append(("...", "", f"and {rest} more"))
+        return markdown.table(("file", "oddity", "detail"), rows)
 
 
 def audit(dataset: CellDataset, *, progress: bool = False) -> Audit:

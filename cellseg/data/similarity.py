@@ -14,6 +14,7 @@ from scipy.cluster.hierarchy import linkage, to_tree
 from scipy.spatial.distance import pdist, squareform
 from tqdm.auto import tqdm
 
+from cellseg import markdown
 from cellseg.data.dataset import CellDataset, SampleImages
 from cellseg.data.descriptors import ImageDescriptor, describe_image
 from cellseg.data.links import BORDER, SAME, SHARED, find_links
@@ -139,15 +140,14 @@ def leaks_table(nearest: Sequence[Nearest], *, rows: int = 10) -> str:
         cue: sum(pair.cue == cue for pair in nearest) for cue in (SAME, SHARED, BORDER, LOOKS)
     }
     told = ", ".join(f"{count} {cue}" for cue, count in counts.items() if count)
-    lines = [
+    closest = markdown.table(
+        ("validation", "nearest in training", "distance", "in common"),
+        [(p.val_id, p.train_id, f"{p.distance:.3f}", p.cue) for p in nearest[:rows]],
+    )
+    return (
         f"{len(nearest)} validation images have in common with their nearest training image: "
-        f"{told or 'nothing'}.",
-        "",
-        "| validation | nearest in training | distance | in common |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {p.val_id} | {p.train_id} | {p.distance:.3f} | {p.cue} |" for p in nearest[:rows]]
-    return "\n".join(lines) + "\n"
+        f"{told or 'nothing'}.\n\n{closest}\n"
+    )
 
 
 def _describe_all(dataset: CellDataset, progress: bool) -> list[ImageDescriptor]:

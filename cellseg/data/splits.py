@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 
 from cellseg.errors import SettingsError, check_at_least
+from cellseg.markdown import first_few
 
 
 def split_ids(
@@ -198,4 +199,4 @@ def _assign(counts: np.ndarray, val_fraction: float, rng: np.random.Generator) -
 
 def _names(ids: Sequence[str]) -> str:
     """Return the first ten ids for a message."""
-    return ", ".join(map(repr, ids[:10])) + (f" and {len(ids) - 10} more" * (len(ids) > 10))
+    return first_few([repr(name) for name in ids], 10)

@@ -10,6 +10,7 @@ from cellseg.ensemble.members import find_files
 from cellseg.ensemble.tuning import Tuning, tune_ensemble
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
+from cellseg.markdown import first_few
 from cellseg.training import image_groups
 from cellseg.training.folds import OOF_NAME, read_folds
 
@@ -44,9 +45,7 @@ def tune_files(
     runs = {name: Path(runs_dir) / name for name in names}
     missing = [f"{name}.json" for name, run in runs.items() if not (run / OOF_NAME).is_file()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        owner = f"{', '.join(missing[:3])}{more}"
-        return Tuning(reason=f"there is no {OOF_NAME} in {runs_dir} for {owner}")
+        return Tuning(reason=f"there is no {OOF_NAME} in {runs_dir} for {first_few(missing, 3)}")
     if dataset is None:
         return Tuning(reason="the samples with truth are not at hand")
     try:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellseg import markdown
 from cellseg.coco import FAULTS_SHOWN, check_records
 from cellseg.ensemble.foreign import compare_boxes, mend_forms
 from cellseg.ensemble.table import RecordTable
 from cellseg.errors import RecordsError
-from cellseg.files import escape_markdown, markdown_code
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,13 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """Return the markdown lines that name the file and its first faults."""
-        number = len(self.faults)
-        lines = [f"**Left out: {markdown_code(self.path.name)}, {count_text(number, 'fault')}**"]
-        lines += [
+        number = count_text(len(self.faults), "fault")
+        shown = markdown.first_lines(self.faults, FAULTS_SHOWN)
+        return [
+            f"**Left out: {markdown.code(self.path.name)}, {number}**",
             "",
-            *(f"- {escape_markdown(' '.join(f.split()))}" for f in self.faults[:FAULTS_SHOWN]),
+            *(f"- {markdown.escape(' '.join(fault.split()))}" for fault in shown),
         ]
-        if number > FAULTS_SHOWN:
-            lines.append(f"- and {number - FAULTS_SHOWN:,} more")
-        return lines
 
 
 def count_text(number: int, noun: str) -> str:

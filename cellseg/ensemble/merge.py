@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cellseg import markdown
 from cellseg.coco import Record, make_records
 from cellseg.ensemble.members import LeftOut, Member, count_text, find_files, read_members
 from cellseg.ensemble.rules import RULE_TEXTS, RULES
 from cellseg.ensemble.tuning import AGREEMENT, IOU_THRESHOLD, Tuning
 from cellseg.errors import RecordsError, SettingsError
-from cellseg.files import escape_markdown, markdown_code
 from cellseg.inference.merging import fuse
 
 
@@ -42,28 +42,28 @@ class EnsembleResult:
         """Return a markdown table of the members; files left out stand in bold, with faults."""
         number = sum(member.weight > 0 for member in self.members)
         merged = count_text(len(self.records), "record")
-        lines = [f"{count_text(number, 'file')} merged into {merged}.", "", *self._table()]
+        lines = [f"{count_text(number, 'file')} merged into {merged}.", "", self._table()]
         lines += [
             "",
             f"One cell: mask IoU > {self.iou_threshold:g} ({self.chosen['iou_threshold']}). Score: "
             f"{RULE_TEXTS[self.agreement]} ({self.chosen['agreement']}).",
         ]
         if self.tuning is not None:
-            lines += ["", escape_markdown(self.tuning.sentence())]
+            lines += ["", markdown.escape(self.tuning.sentence())]
         for file in self.left_out:
             lines += ["", *file.lines()]
         return "\n".join(lines) + "\n"
 
-    def _table(self) -> list[str]:
-        """Return the lines of the table of members, with a column of notes if there are any."""
+    def _table(self) -> str:
+        """Return the table of members, with a column of notes if there are any."""
         noted = any(member.notes for member in self.members)
-        lines = ["| file | records | weight |" + " notes |" * noted]
-        lines += ["|---|---:|---:|" + "---|" * noted]
+        rows = []
         for member in self.members:
             weight = f"{member.weight:g}" + f" ({member.chosen})" * (member.chosen != "default")
-            line = f"| {markdown_code(member.path.name)} | {len(member.table):,} | {weight} |"
-            lines.append(line + f" {escape_markdown('; '.join(member.notes))} |" * noted)
-        return lines
+            notes = [markdown.escape("; ".join(member.notes))] * noted
+            rows.append([markdown.code(member.path.name), f"{len(member.table):,}", weight, *notes])
+        header = ["file", "records", "weight", *["notes"] * noted]
+        return markdown.table(header, rows, flush_right=(1, 2))
 
 
 def ensemble_files(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellseg import markdown
 from cellseg.coco import Record
 from cellseg.evaluation.overlaps import (
     FOUND_IOU,
@@ -108,12 +109,12 @@ class ErrorReport:
 
     def table(self) -> str:
         """Return the mends as a Markdown table; "-" where there is no cell to find."""
-        lines = ["| | number | AP50 if mended | gain |", "|---|---|---|---|"]
-        lines.append(f"| as it is | | {_shown(self.ap50)} | |")
-        for name, mend in (self.kinds | self.perfect).items():
-            after, gain = _shown(mend.ap50_after), _shown(mend.gain, "+.3f")
-            lines.append(f"| {name} | {mend.count:,} | {after} | {gain} |")
-        return "\n".join(lines)
+        rows = [
+            (name, f"{mend.count:,}", _shown(mend.ap50_after), _shown(mend.gain, "+.3f"))
+            for name, mend in (self.kinds | self.perfect).items()
+        ]
+        as_it_is = ("as it is", "", _shown(self.ap50), "")
+        return markdown.table(("", "number", "AP50 if mended", "gain"), [as_it_is, *rows])
 
 
 def explain_errors(truth: Truth, records: Sequence[Record]) -> ErrorReport:

@@ -4,15 +4,15 @@ All at a mask IoU of 0.5 and uncapped, from the matches that AP50 counts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from scipy.spatial import cKDTree
 
+from cellseg import markdown
 from cellseg.coco import Record, rle_area
 from cellseg.evaluation.overlaps import Overlaps, find_overlaps, grouped_ap50
 from cellseg.evaluation.scores import Truth, mean_or_none
-from cellseg.files import escape_markdown
 
 CROWDED_WITHIN = 50.0  # px between box centres: about three cells at 40x
 BINS = 10
@@ -118,19 +118,14 @@ def class_curves(truth: Truth, records: Sequence[Record]) -> dict[str, ClassCurv
 
 def curves_table(curves: Mapping[str, ClassCurve]) -> str:
     """Return the classes as a Markdown table, with precision and recall at the best F1."""
-    lines = [
-        "| | cells | records | found | AP50 | best cut | precision | recall | F1 |",
-        "|---" * 9 + "|",
-    ]
+    header = "", "cells", "records", "found", "AP50", "best cut", "precision", "recall", "F1"
+    rows = []
     for name, curve in curves.items():
-        counts = f"{curve.truths:,} | {curve.records:,} | {curve.found:,}"
+        counts = [f"{number:,}" for number in (curve.truths, curve.records, curve.found)]
         ap50 = "-" if curve.ap50 is None else f"{curve.ap50:.3f}"
-        best = curve.best
-        values = (best.threshold, best.precision, best.recall, best.f1) if best else ()
-        shown = [f"{value:.3f}" for value in values] or ["-"] * 4
-        row = f"{escape_markdown(name)} | {counts} | {ap50} | {' | '.join(shown)}"
-        lines.append(f"| {row} |")
-    return "\n".join(lines)
+        best = [f"{value:.3f}" for value in astuple(curve.best)] if curve.best else ["-"] * 4
+        rows.append([markdown.escape(name), *counts, ap50, *best])
+    return markdown.table(header, rows)
 
 
 def score_by_size(
@@ -199,12 +194,12 @@ def score_by_crowding(
 
 def parts_table(parts: Sequence[Part], unit: str) -> str:
     """Return parts as a Markdown table; `unit` names what low and high are, e.g. "area, px2"."""
-    lines = [f"| {unit} | cells | found | recall | AP50 |", "|---" * 5 + "|"]
+    rows = []
     for k, part in enumerate(parts):
-        values = f"{part.truths:,} | {part.found:,} | {part.recall:.3f} | {part.ap50:.3f}"
-        over = "over " if k else ""
-        lines.append(f"| {over}{part.low:,.0f} to {part.high:,.0f} | {values} |")
-    return "\n".join(lines)
+        span = f"{'over ' if k else ''}{part.low:,.0f} to {part.high:,.0f}"
+        counts = f"{part.truths:,}", f"{part.found:,}"
+        rows.append((span, *counts, f"{part.recall:.3f}", f"{part.ap50:.3f}"))
+    return markdown.table((unit, "cells", "found", "recall", "AP50"), rows)
 
 
 def calibrate(truth: Truth, records: Sequence[Record], *, bins: int = BINS) -> Calibration:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from cellseg import markdown
 from cellseg.coco import Record, group_by_image, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
 from cellseg.evaluation.matches import average_precision, match_records
-from cellseg.files import escape_markdown
 from cellseg.overlap import MaskLine, box_neighbours
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
@@ -51,11 +51,11 @@ class Scores:
 
 def scores_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return rows (name, score, ...) as a Markdown table; a score of None is shown as "-"."""
-    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
-    for name, *values in rows:
-        shown = ["-" if value is None else f"{value:.3f}" for value in values]
-        lines.append(f"| {escape_markdown(name)} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    shown = [
+        (markdown.escape(name), *("-" if value is None else f"{value:.3f}" for value in values))
+        for name, *values in rows
+    ]
+    return markdown.table(("", *header), shown)
 
 
 def dataset_truth(dataset: Any, *, progress: bool = False) -> Truth:

@@ -10,7 +10,8 @@ from cellseg.coco import Rle, rle_area
 from cellseg.errors import DataError
 from cellseg.exports.coco_file import CocoFile, CocoImage, annotation_to_rle, read_coco
 from cellseg.exports.masks import draw_pages, write_map
-from cellseg.exports.storing import Imported, release_folder, sample_names, some, store_image
+from cellseg.exports.storing import Imported, release_folder, sample_names, store_image
+from cellseg.markdown import first_few
 
 
 def import_coco(
@@ -75,7 +76,7 @@ def locate_images(coco: CocoFile, images_dir: Path) -> list[Path]:
     if missing:
         raise DataError(
             f"{images_dir} lacks {len(missing)} of {len(coco.images)} images of {coco.path}: "
-            f"{some(missing)}; name the folder that holds them"
+            f"{first_few(missing, 5)}; name the folder that holds them"
         )
     return list(paths)
 

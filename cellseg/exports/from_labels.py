@@ -17,9 +17,9 @@ from cellseg.exports.storing import (
     Imported,
     release_folder,
     sample_names,
-    some,
     store_image,
 )
+from cellseg.markdown import first_few
 
 ONE_CLASS = "cell"
 """Name of the class where a folder of label maps tells none."""
@@ -58,8 +58,8 @@ def import_labels(
     labelled = [stem for stem in images if any(stem in found for found in maps)]
     if not labelled:
         raise DataError(
-            f"none of the {len(images)} images in {images_dir} ({some(images)}) has a label map "
-            f"of its name in {labels_dir}; name image and map alike, as x.png and x.tif"
+            f"none of the {len(images)} images in {images_dir} ({first_few(list(images), 5)}) has "
+            f"a label map of its name in {labels_dir}; name image and map alike, as x.png and x.tif"
         )
     imported = Imported(Path(out_dir), tuple(folders))
     imported.leave_out("images without a label map", len(images) - len(labelled))

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -24,7 +24,6 @@ CONVERTED_SUFFIXES = (".jpg", ".jpeg", ".bmp")
 IMAGE_SUFFIXES = (*SUFFIXES, *CONVERTED_SUFFIXES)
 MAX_NAME = 150
 """Characters of a sample's folder that are taken from its image's name."""
-SHOWN = 5
 
 
 @dataclass
@@ -132,9 +131,3 @@ def store_image(source: Path, folder: Path) -> np.ndarray:
     options = {"photometric": "rgb", "compression": "lzw", "predictor": True, "metadata": None}
     tifffile.imwrite(folder / "image.tif", pixels, **options)
     return pixels
-
-
-def some(names: Iterable[str]) -> str:
-    """Return the first few names as text."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from cellseg import markdown
 from cellseg.coco import FAULTS_SHOWN, Record, check_records, rle_to_xywh, xywh_to_xyxy
 from cellseg.data import TestImage, read_test_index
 from cellseg.errors import RecordsError
 from cellseg.evaluation.scores import COCO_CAP
-from cellseg.files import escape_markdown
 from cellseg.overlap import neighbour_ious
 from cellseg.submission.compliance import breaks_limit, compliance, member_settings
 from cellseg.submission.files import RESULTS_NAME, parse_results, read_results
@@ -69,18 +69,15 @@ class SubmissionCheck:
     def table(self) -> str:
         """Return the findings as a Markdown table."""
         rows = [
-            f"| {escape_markdown(f.check)} | {f.result} | {escape_markdown(f.detail)} |"
-            for f in self.findings
+            (markdown.escape(f.check), f.result, markdown.escape(f.detail)) for f in self.findings
         ]
-        return "\n".join(["| check | result | detail |", "|---|---|---|", *rows])
+        return markdown.table(("check", "result", "detail"), rows)
 
     def verdict(self) -> str:
         """Return "ready", or the first reasons why it is not, a line each."""
         if self.ready:
             return f"ready: {self.path}"
-        lines = [f"- {reason}" for reason in self.reasons[:FAULTS_SHOWN]]
-        more = len(self.reasons) - FAULTS_SHOWN
-        lines += [f"- and {more:,} more"] if more > 0 else []
+        lines = [f"- {reason}" for reason in markdown.first_lines(self.reasons, FAULTS_SHOWN)]
         return "\n".join([f"not ready: {self.path}", *lines])
 
 
@@ -303,8 +300,7 @@ def _check_coverage(records: Numbered, index: Sequence[TestImage] | None) -> lis
     bare = [f"{i.image_id} ({i.file_name})" for i in index if i.image_id not in images]
     if not bare:
         return [Finding("images without records", "ok", f"none of {len(index)}"), many]
-    more = f" and {len(bare) - NAMED} more" if len(bare) > NAMED else ""
-    named = f"{len(bare)} of {len(index)}: {', '.join(bare[:NAMED])}{more}"
+    named = f"{len(bare)} of {len(index)}: {markdown.first_few(bare, NAMED)}"
     return [Finding("images without records", "warning", named), many]
 
 

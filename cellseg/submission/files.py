@@ -14,6 +14,7 @@ from cellseg.data.archive import DAMAGE
 from cellseg.errors import RecordsError
 from cellseg.evaluation import Scores, dataset_truth, score_records
 from cellseg.files import open_atomically
+from cellseg.markdown import first_few
 
 RESULTS_NAME = "test-results.json"
 ARCHIVE_NAME = "test-results.zip"
@@ -110,10 +111,9 @@ def _only_entry(path: Path, archive: ZipFile) -> ZipInfo:
         raise RecordsError(f"{path} is a zip by its content; name it {ARCHIVE_NAME}")
     entries = archive.infolist()
     if [entry.filename for entry in entries] != [RESULTS_NAME]:
-        names = ", ".join(repr(entry.filename[:100]) for entry in entries[:5]) or "nothing"
-        more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+        names = first_few([repr(entry.filename[:100]) for entry in entries], 5) or "nothing"
         raise RecordsError(
-            f"{path} holds {names}{more}; it must hold exactly {RESULTS_NAME}, in no folder: "
+            f"{path} holds {names}; it must hold exactly {RESULTS_NAME}, in no folder: "
             "let `ensemble` write it"
         )
     if entries[0].flag_bits & 1:
