@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from cellseg import presets
 from cellseg.cli import app
 from cellseg.coco import make_record, mask_to_rle, read_records, sort_records, write_records
 from cellseg.data import TrainTransform, make_loaders
-from cellseg.errors import DataError
+from cellseg.errors import CellsegError, DataError
 from cellseg.evaluation import evaluate_records, truth_from_targets
 from cellseg.models import DetectorOptions
 from cellseg.report import build_report, evaluate_run
@@ -28,7 +28,8 @@ from cellseg.report.facts import facts_of_run, read_epochs
 from cellseg.report.glyphs import pick_fonts
 from cellseg.report.reasons import REASONS
 from cellseg.report.student import CHAPTERS, read_experiments, read_words
-from cellseg.training import fit, write_evaluation
+from cellseg.training import EpochSummary, fit, write_evaluation
+from cellseg.training.run import write_history
 
 SETTINGS = {
     "run_name": "mobilenetv2-3f9a1c",
@@ -67,13 +68,23 @@ CONFUSION = {
 }
 
 
+def epoch(number, train_loss, **measured):
+    """Return an epoch in which nothing but the loss was measured, unless said."""
+    nothing = dict.fromkeys(
+        ("val_loss", "ap", "ap50", "ap75", "ap50_100", "train_ap50", "peak_memory_mb")
+    )
+    given = {"epoch": number, "step": 10 * number, "train_loss": train_loss} | nothing | measured
+    return EpochSummary(
+        learning_rate=1e-3, losses={"train": {}, "val": {}}, ap50_per_class={}, seconds=0.0,
+        images_per_second=1.0, **given,
+    )  # fmt: skip
+
+
 def write_run(folder, *, settings=SETTINGS, full=True):
     """Write a run's folder of two epochs, with scores, matrix and an overlay if full."""
-    epochs = [{"epoch": 1, "train_loss": 2.0, "ap50": 0.4}, {"epoch": 2, "train_loss": 1.0}]
     (folder / "figures").mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    lines = "".join(json.dumps(row) + "\n" for row in epochs)
-    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    write_history(folder, [epoch(1, 2.0, ap50=0.4), epoch(2, 1.0)])
     if full:
         (folder / "scores.json").write_text(json.dumps(SCORES), encoding="utf-8")
         (folder / "confusion.json").write_text(json.dumps(CONFUSION), encoding="utf-8")
@@ -530,9 +541,9 @@ def test_overlay_is_printed_small(tmp_path):
         ("settings.json", None, "settings.json does not exist"),
         ("metrics.jsonl", None, "metrics.jsonl does not exist: train at least one epoch"),
         ("metrics.jsonl", "", "metrics.jsonl is empty"),
-        ("metrics.jsonl", '{"epoch": 1}\n{"epo', "metrics.jsonl: line 2 is not an epoch"),
-        ("metrics.jsonl", '{"epoch": 1, "ap50": "x"}', "metrics.jsonl: line 1 is not an epoch"),
-        ("metrics.jsonl", "[" * 10**5, "metrics.jsonl: line 1 is not an epoch"),
+        ("metrics.jsonl", '{"epo', "metrics.jsonl, line 1 is no epoch .*; remove that line"),
+        ("metrics.jsonl", '{"epoch": 1, "ap50": "x"}', "metrics.jsonl, line 1 is no epoch"),
+        ("metrics.jsonl", "[" * 10**5, "metrics.jsonl, line 1 is no epoch"),
         ("settings.json", "[]", r"settings.json is not as a run writes it \(it holds a list\)"),
         ("settings.json", '{"class_names": "ab"}', "settings.json .*class_names is 'ab'.*; open"),
         ("settings.json", '{"model": [3]}', "settings.json is not as a run writes it"),
@@ -556,14 +567,14 @@ def test_damaged_run_is_named(file, content, message, tmp_path):
         path.unlink()
     else:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CellsegError, match=message):
         build_report(tmp_path / "run")
     assert not (tmp_path / "run" / "report.pdf").exists()
 
 
 def test_one_epoch_without_validation_and_a_bare_settings_file(tmp_path):
     run_dir = write_run(tmp_path / "run", settings={"run_name": "bare"}, full=False)
-    (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 2.0}\n', encoding="utf-8")
+    write_history(run_dir, [epoch(1, 2.0)])
     assert build_report(run_dir).pages >= 1
 
 
@@ -602,9 +613,11 @@ def test_any_value_in_a_file_is_shown_or_refused_by_name(evaluated, name, place,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_line_is_an_epoch_or_refused_by_name(tmp_path, rows):
-    lines = "\n".join(map(json.dumps, rows))
+    lines = "\n".join(json.dumps(asdict(epoch(1, 2.0)) | row) for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
     try:
-        assert all(isinstance(row["epoch"], int) for row in read_epochs(tmp_path))
-    except DataError as error:
+        epochs = read_epochs(tmp_path)
+        assert all(isinstance(row["epoch"], int) for row in epochs)
+        json.dumps(epochs, allow_nan=False)
+    except CellsegError as error:
         assert "metrics.jsonl" in str(error)

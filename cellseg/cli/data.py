@@ -85,7 +85,7 @@ def _read_sides(
     dataset: "CellDataset", val_ids: list[str] | None, run: Path | None
 ) -> tuple[list[str], list[str]] | None:
     """Return the training and the validation samples that are told, None if none are."""
-    from cellseg.training.run import read_settings
+    from cellseg.training.run import SETTINGS_NAME, read_settings
 
     if run is None:
         rest = sorted(set(dataset.sample_ids) - set(val_ids or ()))
@@ -96,7 +96,7 @@ def _read_sides(
     sides = settings.get("train_ids"), settings.get("val_ids")
     if not all(isinstance(side, list) and side for side in sides):
         raise DataError(
-            f"{run} has no settings.json that tells of images held out; name a run's folder, of "
+            f"{run} has no {SETTINGS_NAME} that tells of images held out; name a run's folder, of "
             "one by folds that of a fold"
         )
     return sides

@@ -300,6 +300,8 @@ def run_notebook(
     """Execute the notebook from top to bottom and say where everything lies."""
     from cellseg.notebook import execute_notebook
     from cellseg.training import read_history
+    from cellseg.training.checkpoint import BEST_NAME
+    from cellseg.training.run import METRICS_NAME
 
     executed = execute_notebook(notebook, tell=typer.echo)
     run_dir = executed.parent
@@ -309,8 +311,8 @@ def run_notebook(
         ("executed notebook", executed),
         ("report", run_dir / "report.pdf"),
         ("figures", run_dir / "figures"),
-        ("weights", run_dir / "best.pt"),
-        ("metrics", run_dir / "metrics.jsonl"),
+        ("weights", run_dir / BEST_NAME),
+        ("metrics", run_dir / METRICS_NAME),
     ]
     for name, path in found:
         typer.echo(f"{name + ':':19}{path}")

@@ -12,7 +12,8 @@ from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
 from cellseg.markdown import first_few
 from cellseg.training import image_groups
-from cellseg.training.folds import OOF_NAME, read_folds
+from cellseg.training.folds import read_folds
+from cellseg.training.run import OOF_NAME
 
 
 def tune_files(

@@ -87,6 +87,7 @@ def build_report(
 
     Raises:
         DataError: if settings.json or metrics.jsonl is missing, or a file is damaged; names it.
+        TrainingError: if a line of metrics.jsonl is no epoch.
     """
     run_dir = Path(run_dir)
     output = Path(output) if output is not None else run_dir / "report.pdf"

@@ -1,19 +1,20 @@
 """What a run's files say, as texts and shares that the report's template can print."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cellseg.errors import DataError
-from cellseg.files import read_json, read_text
+from cellseg.files import read_json
 from cellseg.report.reasons import REASONS
 from cellseg.submission.compliance import compliance
-from cellseg.training.folds import FOLDS_NAME
+from cellseg.training import read_history
 from cellseg.training.results import first_fold
+from cellseg.training.run import FOLDS_NAME, METRICS_NAME, SETTINGS_NAME
 
 Facts = dict[str, Any]
 
@@ -51,7 +52,7 @@ def facts_of_run(run_dir: Path, *, data_set: str = "") -> Facts:
         DataError: if one is not as a run writes it; names the file, what is wrong and the remedy.
     """
     facts: Facts = {"scores": None, "confusion": None, "errors": None, "folds": None}
-    settings = first_fold(run_dir) / "settings.json"
+    settings = first_fold(run_dir) / SETTINGS_NAME
     tell = partial(_settings, data_set=data_set)
     facts |= _read(settings, tell, "open the run anew in another folder")
     if (run_dir / FOLDS_NAME).exists():
@@ -71,25 +72,19 @@ def facts_of_run(run_dir: Path, *, data_set: str = "") -> Facts:
 def read_epochs(run_dir: Path) -> list[dict]:
     """Return the epochs of metrics.jsonl in order; of an epoch told twice, the later line.
 
-    Of a run of folds they are those of its first one.
+    Of a run of folds they are those of its first one. What is no finite number is None.
 
     Raises:
-        DataError: if there is none, or a line is none; names file and line.
+        DataError: if there is none.
+        TrainingError: if a line is no epoch; names file and line.
     """
-    path = first_fold(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        raise DataError(f"{path} does not exist: train at least one epoch before the report")
-    rows = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            for key in _MEASURED:
-                row[key] = _measured(row.get(key), key)
-            rows[_whole(row["epoch"], "epoch")] = row
-        except (*_SHAPE_ERRORS, RecursionError):
-            raise DataError(f"{path}: line {number} is not an epoch's summary; remove it") from None
+    path = first_fold(run_dir) / METRICS_NAME
+    rows = {epoch.epoch: asdict(epoch) for epoch in read_history(path.parent)}
     if not rows:
-        raise DataError(f"{path} is empty: train at least one epoch before the report")
+        state = "is empty" if path.exists() else "does not exist"
+        raise DataError(f"{path} {state}: train at least one epoch before the report")
+    for row in rows.values():
+        row |= {key: _finite(row[key]) for key in _MEASURED}
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -313,18 +308,9 @@ def _number(value: Any, name: str) -> float:
     return value
 
 
-def _measured(value: Any, name: str) -> float | None:
+def _finite(value: float | None) -> float | None:
     """Return what an epoch measured; None where it was nothing, or beyond numbers."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return _number(value, name)
-
-
-def _whole(value: Any, name: str) -> int:
-    """Return a whole number as it is."""
-    if not isinstance(_number(value, name), int):
-        raise TypeError(f"{name} is {value!r}")
-    return value
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _parse_time(text: Any) -> datetime | None:

@@ -9,6 +9,7 @@ from cellseg.errors import CellsegError
 from cellseg.files import read_json
 from cellseg.models.builders import MAX_TRAINABLE_PARAMETERS
 from cellseg.submission.files import RESULTS_NAME
+from cellseg.training.run import SETTINGS_NAME
 
 Settings = Mapping[str, Any]
 
@@ -56,7 +57,7 @@ def _read_settings(runs: Sequence[Path]) -> Settings | None:
     """Return the settings of the first run that has some, of one by folds those of a part."""
     for folder in (run / part for run in runs for part in ("", "all", "fold1")):
         try:
-            settings = read_json(folder / "settings.json")
+            settings = read_json(folder / SETTINGS_NAME)
         except CellsegError:
             continue
         if isinstance(settings, dict):

@@ -19,6 +19,7 @@ from cellseg.models.weights import load_tensors
 FORMAT = 2  # 1 had no digest
 MARK = "cellseg checkpoint"
 STATE_NAME = "last.pt"
+BEST_NAME = "best.pt"
 PREVIOUS_NAME = "previous.pt"
 # In this order of age; a crash between two renames leaves the newest under `.new`.
 STATE_NAMES = (STATE_NAME, f"{STATE_NAME}.new", PREVIOUS_NAME)

@@ -18,14 +18,19 @@ from cellseg.errors import DataError, TrainingError
 from cellseg.evaluation import dataset_truth, score_records
 from cellseg.files import read_json, write_atomically
 from cellseg.inference import predict_images
-from cellseg.training.checkpoint import load_model
+from cellseg.training.checkpoint import BEST_NAME, load_model
 from cellseg.training.distributed import ALONE, Ranks
 from cellseg.training.fit import fit
 from cellseg.training.precision import pick_device
-from cellseg.training.run import EpochSummary, open_run, read_history
+from cellseg.training.run import (
+    FOLDS_NAME,
+    OOF_NAME,
+    VALIDATION_NAME,
+    EpochSummary,
+    open_run,
+    read_history,
+)
 
-FOLDS_NAME = "folds.json"
-OOF_NAME = "oof.json"
 RULE = "the median of the folds' best epochs, of an even number the later middle one"
 """How long the training on all images takes."""
 
@@ -199,10 +204,10 @@ def _close_fold(
     """Predict the images that a fold held out and note their scores, unless that is done."""
     content, history = read_folds(fold_dir.parent), read_history(fold_dir)
     fold = next(fold for fold in content["folds"] if fold["name"] == fold_dir.name)
-    path, told = fold_dir / "validation.json", {"epochs": len(history), **prediction}
+    path, told = fold_dir / VALIDATION_NAME, {"epochs": len(history), **prediction}
     if fold.get("told") == told and path.exists():
         return
-    model = load_model(fold_dir / "best.pt", pick_device(device))
+    model = load_model(fold_dir / BEST_NAME, pick_device(device))
     records = predict_images(model, SampleImages(val), progress=False, **prediction)
     write_records(path, records)
     scored = [epoch for epoch in history if epoch.ap50 is not None] or history[-1:]
@@ -216,7 +221,7 @@ def _join_folds(run_dir: Path, dataset: CellDataset) -> None:
     """Write the records of all folds into one file, and what they and the folds say."""
     content, records = read_folds(run_dir), []
     for fold in content["folds"]:
-        records += read_records(run_dir / fold["name"] / "validation.json")
+        records += read_records(run_dir / fold["name"] / VALIDATION_NAME)
     write_records(run_dir / OOF_NAME, records)
     epochs = median_high(fold["best_epoch"] for fold in content["folds"])
     scores = asdict(score_records(dataset_truth(dataset), records))

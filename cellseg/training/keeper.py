@@ -10,6 +10,7 @@ from typing import Any
 
 from cellseg.errors import CheckpointError, TrainingError
 from cellseg.training.checkpoint import (
+    BEST_NAME,
     STATE_NAME,
     STATE_NAMES,
     load_state,
@@ -18,10 +19,10 @@ from cellseg.training.checkpoint import (
 )
 from cellseg.training.interruption import TrainingInterrupted
 from cellseg.training.lock import disk_errors
-from cellseg.training.run import EpochSummary, read_settings, write_history
+from cellseg.training.run import METRICS_NAME, EpochSummary, read_settings, write_history
 from cellseg.training.session import Session
 
-LEFT_BY_A_KILL = (".*.pt.*.part", ".metrics.jsonl.*.part")  # of files that were being written
+LEFT_BY_A_KILL = (".*.pt.*.part", f".{METRICS_NAME}.*.part")  # of files that were being written
 
 
 class StateKeeper:
@@ -129,7 +130,7 @@ class StateKeeper:
         best = {"model": self.session.average.model.state_dict(), "epoch": summary.epoch}
         with disk_errors(self.run_dir):
             write_checkpoint(
-                self.run_dir / "best.pt", self._about() | best | {"ap50": summary.ap50}
+                self.run_dir / BEST_NAME, self._about() | best | {"ap50": summary.ap50}
             )
 
     def _keep_last(self) -> None:

@@ -14,11 +14,16 @@ from cellseg.errors import DataError
 from cellseg.evaluation import Evaluation
 from cellseg.evaluation.scores import Truth
 from cellseg.files import read_json, write_atomically
-from cellseg.training.folds import FOLDS_NAME, OOF_NAME, read_folds
-from cellseg.training.run import read_settings
+from cellseg.training.folds import read_folds
+from cellseg.training.run import (
+    FOLDS_NAME,
+    OOF_NAME,
+    SETTINGS_NAME,
+    TRUTH_NAME,
+    VALIDATION_NAME,
+    read_settings,
+)
 
-TRUTH_NAME = "truth.json"
-VALIDATION_NAME = "validation.json"
 _KEYS = {
     "images": ("id", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"),
@@ -70,7 +75,7 @@ def read_held(run_dir: str | Path) -> Held:
     settings_dir = first_fold(run_dir)
     settings = read_settings(settings_dir)
     if not settings:
-        raise DataError(f"{settings_dir} holds no settings.json; name the folder of a run")
+        raise DataError(f"{settings_dir} holds no {SETTINGS_NAME}; name the folder of a run")
     if is_folds:
         content = read_folds(run_dir)
         held = list(chain.from_iterable(fold["val_ids"] for fold in content["folds"]))

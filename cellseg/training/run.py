@@ -23,6 +23,13 @@ from cellseg.models import count_trainable_parameters
 from cellseg.training.lock import lock_run
 from cellseg.training.precision import pick_device
 
+# The files of a run, or of a run of folds; those of its weights are named in `checkpoint`.
+SETTINGS_NAME = "settings.json"
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.json"
+TRUTH_NAME = "truth.json"
+FOLDS_NAME = "folds.json"
+OOF_NAME = "oof.json"
 MAX_NUMBER = 2**53  # beyond it numbers in JSON are not exact
 NETWORK = ("builder", "arguments", "class_names")  # what weights fit
 
@@ -167,7 +174,7 @@ def open_run(
     settings = {"run_name": name, "identity": identity} | settings
     stored = read_settings(path)
     if not stored:
-        write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
+        write_atomically(path / SETTINGS_NAME, json.dumps(settings, indent=1) + "\n")
         return Run(path, settings, 0)
     if prediction is None:
         settings["prediction"] = stored.get("prediction")
@@ -175,7 +182,7 @@ def open_run(
         stored = _go_on_changed(path, stored, settings, on_change)
     elif stored.get("prediction") != settings["prediction"]:
         stored = stored | {"prediction": settings["prediction"]}
-        write_atomically(path / "settings.json", json.dumps(stored, indent=1) + "\n")
+        write_atomically(path / SETTINGS_NAME, json.dumps(stored, indent=1) + "\n")
     return Run(path, stored, len(read_history(path)))
 
 
@@ -205,7 +212,7 @@ def _go_on_changed(
         "started": stored.get("started"), "changes": [*stored.get("changes", []), change],
     }  # fmt: skip
     with lock_run(path):
-        write_atomically(path / "settings.json", json.dumps(settings, indent=1) + "\n")
+        write_atomically(path / SETTINGS_NAME, json.dumps(settings, indent=1) + "\n")
     return settings
 
 
@@ -215,7 +222,7 @@ def read_settings(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         DataError: if the file is no JSON object, or names no model and data as ours do.
     """
-    path = Path(run_dir) / "settings.json"
+    path = Path(run_dir) / SETTINGS_NAME
     if not path.exists():
         return {}
     settings = read_json(path)
@@ -239,7 +246,7 @@ def read_prediction(run_dir: str | Path) -> dict[str, Any]:
     prediction = read_settings(run_dir).get("prediction")
     if not isinstance(prediction, dict | None):
         raise DataError(
-            f"{Path(run_dir) / 'settings.json'}: prediction is {reprlib.repr(prediction)}; write "
+            f"{Path(run_dir) / SETTINGS_NAME}: prediction is {reprlib.repr(prediction)}; write "
             'settings by their names, such as {"views": "turns"}, or null'
         )
     return prediction or {}
@@ -347,7 +354,7 @@ def read_history(run_dir: str | Path) -> list[EpochSummary]:
     Raises:
         TrainingError: if `metrics.jsonl` holds a line that is no epoch.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    path = Path(run_dir) / METRICS_NAME
     if not path.exists():
         return []
     history = []
@@ -364,4 +371,4 @@ def read_history(run_dir: str | Path) -> list[EpochSummary]:
 def write_history(run_dir: str | Path, history: Sequence[EpochSummary]) -> None:
     """Write `metrics.jsonl` anew, whole."""
     lines = [json.dumps(asdict(summary)) + "\n" for summary in history]
-    write_atomically(Path(run_dir) / "metrics.jsonl", "".join(lines))
+    write_atomically(Path(run_dir) / METRICS_NAME, "".join(lines))
