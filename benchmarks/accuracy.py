@@ -1,29 +1,31 @@
 """`make bench-accuracy`: the course recipe and the package's, with the same budget, side by side.
 
     python -m benchmarks.accuracy [--only course_recipe|ours] [--minutes 45] [--threads 2]
-        [--keep DIR] [--score-only] [--weights FILE]
+        [--keep DIR] [--predict-only | --score-only] [--weights FILE]
 
 needs CELLSEG_DATA, the folder with consep/ and consep_tiles/. Each side is trained on the 21
 training tiles in a process of its own, one after the other, then predicts the six held tiles whole
-and as their pieces. Writes accuracy.json beside this file and prints the table. A side that is not
-measured in a call stays as it was, with its date. Peak memory is that of the process that trains,
-apart from the one that reads ahead for it. Ends with 1 if the package's recipe misses what it must
-reach.
+and as their pieces; with --predict-only by the weights that are kept from earlier. Writes
+accuracy.json beside this file and prints the table. A side that is not measured in a call stays as
+it was, with its date. Peak memory is that of the process that trains, apart from the one that
+reads ahead for it. Ends with 1 if the package's recipe misses what it must reach.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import course_recipe
 from benchmarks.held_tissue import (
+    PARTS,
     Predictor,
     data_folder,
     predict_examined,
@@ -61,37 +63,70 @@ FIGURES = {  # of the table: title, and where it stands in a side's entry
 }
 WANTED = {("tiles", "ap50"): 0.45, ("pq",): 0.52, ("aji",): 0.53}
 WANTED_RATIO = 2.5  # of the AP50s on pieces
-Work = Callable[[Path, Path, Path, float, dict[str, Any]], tuple[Training, Predictor]]
+Settings = dict[str, Any]
 
 
-def train_course_side(
-    data: Path, weights: Path, folder: Path, minutes: float, settings: dict[str, Any]
-) -> tuple[Training, Predictor]:
-    """Train the course recipe; return what it took, and what predicts."""
+@dataclass(frozen=True)
+class Side:
+    """A recipe that takes part.
+
+    Attributes:
+        train: keeps its weights in a folder; takes data, file of ImageNet weights, that folder,
+            minutes and settings.
+        load: returns what predicts with them; takes data, folder and settings.
+        settings: of the recipe.
+    """
+
+    train: Callable[[Path, Path, Path, float, Settings], Training]
+    load: Callable[[Path, Path, Settings], Predictor]
+    settings: Settings
+
+
+def train_course(
+    data: Path, weights: Path, folder: Path, minutes: float, settings: Settings
+) -> Training:
+    """Train the course recipe; return what it took."""
     torch.manual_seed(settings["seed"])
     dataset = training_samples(data, settings["train_on"])
-    sizes = {name: settings[name] for name in ("min_size", "max_size")}
-    model = course_recipe.course_model(dataset.num_classes, weights, **sizes)
+    model = _course_model(data, weights, settings)
     loader = course_recipe.course_loader(
         dataset, workers=settings["workers"], seed=settings["seed"]
     )
     training = course_recipe.train_course(model, loader, time_budget=minutes * 60)
     torch.save(model.state_dict(), folder / "last.pth")
-    return training, course_recipe.course_predictor(model)
+    return training
 
 
-def train_our_side(
-    data: Path, weights: Path, folder: Path, minutes: float, settings: dict[str, Any]
-) -> tuple[Training, Predictor]:
-    """Train the package's recipe; return what it took, and what predicts."""
-    training = train_ours(settings | {"time_budget": minutes * 60}, data, weights, folder)
-    model = load_model(folder / "run" / "last.pt")
-    return training, our_predictor(settings, model)
+def load_course(data: Path, folder: Path, settings: Settings) -> Predictor:
+    """Return what predicts with the course recipe's weights."""
+    model = _course_model(data, None, settings)
+    model.load_state_dict(torch.load(folder / "last.pth", weights_only=True))
+    return course_recipe.course_predictor(model)
 
 
-SIDES: dict[str, tuple[Work, dict[str, Any]]] = {
-    "course_recipe": (
-        train_course_side,
+def _course_model(data: Path, weights: Path | None, settings: Settings) -> nn.Module:
+    """Return the course recipe's model."""
+    sizes = {name: settings[name] for name in ("min_size", "max_size")}
+    num_classes = training_samples(data, settings["train_on"]).num_classes
+    return course_recipe.course_model(num_classes, weights, **sizes)
+
+
+def train_package(
+    data: Path, weights: Path, folder: Path, minutes: float, settings: Settings
+) -> Training:
+    """Train the package's recipe; return what it took."""
+    return train_ours(settings | {"time_budget": minutes * 60}, data, weights, folder)
+
+
+def load_package(data: Path, folder: Path, settings: Settings) -> Predictor:
+    """Return what predicts with the weights of the package's recipe."""
+    return our_predictor(settings, load_model(folder / "run" / "last.pt"))
+
+
+SIDES = {
+    "course_recipe": Side(
+        train_course,
+        load_course,
         {
             "train_on": "pieces",
             "workers": WORKERS,
@@ -103,37 +138,38 @@ SIDES: dict[str, tuple[Work, dict[str, Any]]] = {
             "max_size": course_recipe.MAX_SIZE,
         },
     ),
-    "ours": (train_our_side, LAPTOP | {"workers": WORKERS}),
+    "ours": Side(train_package, load_package, LAPTOP | {"workers": WORKERS}),
 }
 
 
-def run_side(
-    side: str,
-    data: Path,
-    weights: Path,
-    folder: Path,
-    minutes: float,
-    threads: int,
+def train_side(
+    side: str, data: Path, weights: Path, folder: Path, minutes: float, threads: int
 ) -> None:
-    """Train one side and write its records and `training.json`; for a new process.
+    """Train one side and write `training.json`; for a new process.
 
     Args:
         side: "course_recipe" or "ours".
         data: the folder with consep/ and consep_tiles/.
         weights: file of ImageNet weights.
-        folder: for records and checkpoints.
+        folder: for the weights.
         minutes: of training.
         threads: that compute; where the system allows it, no more cores are used either.
     """
-    train, settings = SIDES[side]
+    settings = SIDES[side].settings
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").unlink(missing_ok=True)
+    for earlier in ("training", *PARTS):
+        (folder / f"{earlier}.json").unlink(missing_ok=True)
     hold_to_cores(threads)
-    training, predict = train(data, weights, folder, minutes, settings)
+    training = SIDES[side].train(data, weights, folder, minutes, settings)
     about = {"date": today(), "machine": machine(), "weights": weights.name, "minutes": minutes}
     about |= {"threads": threads, "settings": settings, **asdict(training)}
-    predict_examined(predict, data, folder)
     write_atomically(folder / "training.json", dumps(about, indent=1) + "\n")
+
+
+def predict_side(side: str, data: Path, folder: Path, threads: int) -> None:
+    """Write the records of one side with the weights that `train_side` kept; for a new process."""
+    hold_to_cores(threads)
+    predict_examined(SIDES[side].load(data, folder, SIDES[side].settings), data, folder)
 
 
 def hold_to_cores(threads: int) -> None:
@@ -144,13 +180,7 @@ def hold_to_cores(threads: int) -> None:
 
 
 def side_entry(data: Path, folder: Path) -> dict[str, Any]:
-    """Return a side's entry of accuracy.json from what `run_side` kept.
-
-    Raises:
-        SettingsError: if nothing is kept there.
-    """
-    if not (folder / "training.json").is_file():
-        raise SettingsError(f"{folder} has no records of a training; measure without --score-only")
+    """Return a side's entry of accuracy.json from what is kept of it."""
     return read_json(folder / "training.json") | score_examined(data, folder)
 
 
@@ -200,13 +230,14 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     results = read_earlier(RESULTS)
     for side in [options.only] if options.only else SIDES:
         folder = options.keep / side
+        if not (options.predict_only or options.score_only):
+            limits = f"{options.minutes:g} minutes of training at most, {options.threads} threads"
+            print(f"{side}: {limits}; then some minutes of prediction", flush=True)
+            run_alone(train_side, side, data, weights, folder, options.minutes, options.threads)
+        if not (folder / "training.json").is_file():
+            raise SettingsError(f"{folder} keeps nothing of a training; measure without an -only")
         if not options.score_only:
-            print(
-                f"{side}: {options.minutes:g} minutes of training at most, {options.threads} "
-                "threads; then some minutes of prediction",
-                flush=True,
-            )
-            run_alone(run_side, side, data, weights, folder, options.minutes, options.threads)
+            run_alone(predict_side, side, data, folder, options.threads)
         results[side] = side_entry(data, folder)
         kept = {name: results[name] for name in SIDES if name in results}
         write_atomically(RESULTS, dumps(kept, indent=1) + "\n")
@@ -220,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of training, each side")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--keep", type=Path, default=KEEP, help="folder of records, checkpoints")
+    parser.add_argument("--predict-only", action="store_true", help="with the weights kept there")
     parser.add_argument("--score-only", action="store_true", help="score the records kept there")
     parser.add_argument("--weights", type=Path, help="file of ImageNet weights")
     options = parser.parse_args(arguments)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -273,8 +274,9 @@ def small_sides(data, tmp_path, monkeypatch):
     torch.save(mobilenet_v2(weights=None).state_dict(), weights)
     small = {"workers": 0, "min_size": 64, "max_size": 96}
     for side, settings in (("course_recipe", small), ("ours", TINY)):
-        train, own = accuracy.SIDES[side]
-        monkeypatch.setitem(accuracy.SIDES, side, (train, own | settings))
+        own = accuracy.SIDES[side]
+        changed = replace(own, settings=own.settings | settings)
+        monkeypatch.setitem(accuracy.SIDES, side, changed)
     monkeypatch.setattr(accuracy, "RESULTS", results)
     monkeypatch.setattr(accuracy, "hold_to_cores", lambda threads: None)
     monkeypatch.setattr(accuracy, "run_alone", lambda function, *given: function(*given))
@@ -303,17 +305,20 @@ def test_both_sides_are_measured_by_one_command(small_sides, capsys):
     printed = capsys.readouterr().out
     assert "| AP50, held tiles" in printed and "MISSED: AP50, held tiles: 0." in printed
 
-    # Scored again from what is kept: the same figures, and the other side as it was.
+    # From what is kept, predicted again or not: the same figures, and the other side as it was.
     kept = dict(results, course_recipe=results["course_recipe"] | {"date": "2026-01-31"})
     path.write_text(json.dumps(kept), encoding="utf-8")
-    accuracy.main([*options, "--score-only", "--only", "ours"])
-    assert json.loads(path.read_text(encoding="utf-8")) == kept
+    for less in ("--predict-only", "--score-only"):
+        accuracy.main([*options, less, "--only", "ours"])
+        assert json.loads(path.read_text(encoding="utf-8")) == kept
+    accuracy.main([*options, "--predict-only"])
+    assert json.loads(path.read_text(encoding="utf-8")) == results
 
 
 def test_what_the_comparison_cannot_do_is_said(small_sides, monkeypatch, capsys):
     options, path = small_sides
     assert accuracy.main([*options, "--score-only"]) == 1
-    assert "has no records of a training; measure without --score-only" in capsys.readouterr().err
+    assert "keeps nothing of a training; measure without an -only" in capsys.readouterr().err
     monkeypatch.delenv("CELLSEG_DATA")
     assert accuracy.main(options) == 1
     assert "error: set CELLSEG_DATA to the folder" in capsys.readouterr().err
