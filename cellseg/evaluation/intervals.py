@@ -19,7 +19,8 @@ import numpy as np
 from cellseg.coco import Record
 from cellseg.errors import SettingsError
 from cellseg.evaluation.matches import Matches, average_precision, match_records
-from cellseg.evaluation.nuclei import NUCLEI_NAMES, nuclei_ratios, nuclei_sums
+from cellseg.evaluation.names import NUCLEI_NAMES, SCORE_NAMES
+from cellseg.evaluation.nuclei import nuclei_ratios, nuclei_sums
 from cellseg.evaluation.scores import AT_50, AT_75, COCO_CAP, Truth, check_fit, mean_or_none
 
 PERCENT = 95
@@ -33,8 +34,7 @@ _AP = {
     "ap50_100": (COCO_CAP, _ONE_50),
     "ap75_100": (COCO_CAP, _ONE_75),
 }
-STATISTIC_NAMES = {name: name.upper().replace("_100", " at 100") for name in _AP} | NUCLEI_NAMES
-STATISTICS = tuple(STATISTIC_NAMES)
+STATISTICS = tuple(SCORE_NAMES)
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -192,7 +192,7 @@ def compare_records(
     once = np.ones(draws.shape[1], dtype=np.int64)
     value_a, value_b = (_known(side.score(statistic, once)) for side in (scored_a, scored_b))
     sentence = _sentence(
-        STATISTIC_NAMES[statistic], names, (value_a, value_b), interval, draws.shape[1]
+        SCORE_NAMES[statistic], names, (value_a, value_b), interval, draws.shape[1]
     )
     return Comparison(value_a, value_b, interval.value, interval.low, interval.high, sentence)
 
@@ -268,7 +268,7 @@ def _gather(
     score_threshold: float | None,
 ) -> _Evidence:
     """Match and paint what the statistics need, after checking that they can be had."""
-    unknown = [name for name in statistics if name not in STATISTIC_NAMES]
+    unknown = [name for name in statistics if name not in STATISTICS]
     if unknown:
         raise SettingsError(f"statistic {unknown[0]!r} is not one of {', '.join(STATISTICS)}")
     paints = any(name in NUCLEI_NAMES for name in statistics)

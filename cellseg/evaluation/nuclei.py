@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from cellseg.coco import Record, Rle, group_by_image, sort_records
+from cellseg.evaluation.names import NUCLEI_NAMES
 from cellseg.evaluation.scores import Truth, check_fit, scores_table
 from cellseg.overlap import MaskLine
 
@@ -24,7 +25,6 @@ MATCH_IOU = 0.5  # a match needs more; of disjoint nuclei only one can have it
 FOUND_WITHIN = 12.0  # px between centroids, HoVer-Net's radius at 40x
 MOST_DISTANCES = 25_000_000  # true nuclei x records of an image; beyond it F_d has no value
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
-NUCLEI_NAMES = {"pq": "PQ", "dq": "DQ", "sq": "SQ", "aji": "AJI", "dice": "Dice", "f_d": "F_d"}
 # What is added up over images; the scores are ratios of these.
 SUMS = (
     "nuclei",  # of truth and prediction together

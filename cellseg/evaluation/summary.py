@@ -9,13 +9,9 @@ import numpy as np
 from cellseg.coco import Record
 from cellseg.evaluation.analysis import ErrorReport, explain_errors
 from cellseg.evaluation.curves import Calibration, ClassCurve, calibrate, class_curves
-from cellseg.evaluation.intervals import (
-    STATISTIC_NAMES,
-    Interval,
-    class_bootstrap,
-    image_bootstrap,
-)
-from cellseg.evaluation.nuclei import NUCLEI_NAMES, NucleiReport, score_nuclei
+from cellseg.evaluation.intervals import Interval, class_bootstrap, image_bootstrap
+from cellseg.evaluation.names import AP_SHOWN, NUCLEI_NAMES, SCORE_NAMES
+from cellseg.evaluation.nuclei import NucleiReport, score_nuclei
 from cellseg.evaluation.scores import (
     Scores,
     Truth,
@@ -25,9 +21,6 @@ from cellseg.evaluation.scores import (
 )
 from cellseg.inference.settling import settle_classes
 
-AP_NAMES = ("ap50", "ap75", "ap", "ap50_100", "ap_100")
-"""The APs that are given with an interval."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,7 +28,7 @@ class Evaluation:
 
     Attributes:
         scores: their AP.
-        intervals: the names of `AP_NAMES` and of the nuclei scores -> score with 95 % interval.
+        intervals: the names of `AP_SHOWN` and of the nuclei scores -> score with 95 % interval.
         class_intervals: class name -> AP50 with 95 % interval.
         nuclei: PQ, AJI and so on, of one record a nucleus (`settle_classes`).
         matrix: int64 [C + 1, C + 1], see `confusion_matrix`.
@@ -62,7 +55,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the scores with the ends of their intervals as a Markdown table."""
-        rows = [(STATISTIC_NAMES[name], *astuple(at)) for name, at in self.intervals.items()]
+        rows = [(SCORE_NAMES[name], *astuple(at)) for name, at in self.intervals.items()]
         return scores_table(("value", "from", "to"), rows)
 
     def class_table(self) -> str:
@@ -136,7 +129,7 @@ def evaluate_records(
     drawn = {"statistics": tuple(NUCLEI_NAMES), "groups": groups} | cut
     return Evaluation(
         scores=score_records(truth, records),
-        intervals=image_bootstrap(truth, records, statistics=AP_NAMES, groups=groups)
+        intervals=image_bootstrap(truth, records, statistics=AP_SHOWN, groups=groups)
         | image_bootstrap(truth, settled, **drawn),
         class_intervals=class_bootstrap(truth, records, groups=groups),
         nuclei=score_nuclei(truth, settled, **cut),

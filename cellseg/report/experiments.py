@@ -7,10 +7,9 @@ from typing import Any
 from cellseg.coco import Record, read_records
 from cellseg.errors import CellsegError, DataError
 from cellseg.evaluation import Comparison, compare_records
-from cellseg.evaluation.nuclei import NUCLEI_NAMES
+from cellseg.evaluation.names import NUCLEI_NAMES, SCORE_NAMES
 from cellseg.evaluation.scores import Truth
 from cellseg.inference import settle_classes
-from cellseg.report.facts import SCORE_NAMES
 from cellseg.report.student import EXPERIMENTS_NAME, Experiment
 from cellseg.training import read_held, read_truth
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cellseg.errors import DataError
+from cellseg.evaluation.names import AP_SHOWN, NUCLEI_NAMES, SCORE_NAMES
 from cellseg.files import read_json
 from cellseg.report.reasons import REASONS
 from cellseg.submission.compliance import compliance
@@ -18,23 +19,7 @@ from cellseg.training.run import FOLDS_NAME, METRICS_NAME, SETTINGS_NAME
 
 Facts = dict[str, Any]
 
-SCORE_NAMES = {
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap": "AP",
-    "ap50_100": "AP50, at most 100",
-    "ap75_100": "AP75, at most 100",
-    "ap_100": "AP, at most 100",
-    "pq": "PQ",
-    "dq": "DQ",
-    "sq": "SQ",
-    "aji": "AJI",
-    "dice": "Dice",
-    "f_d": "F_d",
-}
-_AP_SHOWN = ("ap50", "ap75", "ap", "ap50_100", "ap_100")
-_NUCLEI_SHOWN = ("pq", "dq", "sq", "aji", "dice", "f_d")
-_CLASS_SHOWN = (*_NUCLEI_SHOWN, "f_c")
+_CLASS_SHOWN = (*NUCLEI_NAMES, "f_c")
 _BACKBONES = ("mobilenet", "resnext", "resnet", "convnext")
 _DATA_SETS = ("MoNuSAC", "CoNSeP")
 _MEASURED = ("train_loss", "val_loss", "ap", "ap50", "ap50_100", "train_ap50", "seconds")
@@ -210,8 +195,8 @@ def _scores(scores: Mapping[str, Any]) -> Facts:
     images, groups = (scores.get(key) for key in ("images", "groups"))
     unit = f"{groups} groups of the {images} validation images" if groups else f"{images} images"
     return {
-        "ap": [row(key) for key in _AP_SHOWN if key in scores],
-        "nuclei": [row(key) for key in _NUCLEI_SHOWN if key in intervals],
+        "ap": [row(key) for key in AP_SHOWN if key in scores],
+        "nuclei": [row(key) for key in NUCLEI_NAMES if key in intervals],
         "by_class": _by_class(scores),
         "drawn": unit if intervals else "",
         "cut": _as_text(scores.get("nuclei_score_threshold")),

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from cellseg.evaluation.names import SCORE_NAMES
 from cellseg.report.outlines import (
     Outlines,
     class_handles,
@@ -56,7 +57,7 @@ def plot_learning_curves(summaries: Sequence[Any]) -> Figure:
 
     _draw_curve(map_axis, rows, "train_ap50", "training AP50", TRAIN_COLOUR, "-o")
     _draw_curve(map_axis, rows, "ap50", "validation AP50", VAL_COLOUR, "-o")
-    _draw_curve(map_axis, rows, "ap50_100", "AP50, at most 100", VAL_COLOUR, ":s")
+    _draw_curve(map_axis, rows, "ap50_100", SCORE_NAMES["ap50_100"], VAL_COLOUR, ":s")
     _draw_curve(map_axis, rows, "ap", "AP", VAL_COLOUR, "--^")
     finish_axis(map_axis, _best_title(rows, "ap50"), "epoch", "mask mAP (0 to 1)")
     for axis, key in ((loss_axis, "val_loss"), (map_axis, "ap50")):
