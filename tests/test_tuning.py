@@ -299,7 +299,7 @@ def test_the_command_tunes_and_writes_the_manifest(project):
     add("one", found_cells(dataset))
     add("two", found_cells(dataset, 0.8))
     command = ["ensemble", root / "predictions", "--output-dir", root, "--runs-dir", root / "runs"]
-    command += ["--truth", root / "train", "--num-classes", 2]
+    command += ["--truth", root / "train", "--num-labels", 2]
     done = CliRunner().invoke(cli.app, [str(word) for word in command])
     assert done.exit_code == 0, done.output
     assert "Out of fold on 4 images the AP50 is 1.000" in done.output

@@ -26,7 +26,7 @@ def check_submission(
     index: Annotated[
         Path | None, typer.Option(help="test_image_name_to_ids.json; default: the release's.")
     ] = None,
-    num_classes: Annotated[int, typer.Option(help="Classes 1..N that may occur.")] = 4,
+    num_labels: Annotated[int, typer.Option(help="Number of classes, without background.")] = 4,
     runs_dir: Annotated[
         Path | None, option("Folder of all runs; default: runs/ beside the file.")
     ] = None,
@@ -38,7 +38,7 @@ def check_submission(
     if index is None and (release := find_release(extract=False)) is not None:
         index = release.index_path
         typer.echo(f"index: {index}")
-    found = check_submission(file, index_path=index, num_classes=num_classes, runs_dir=runs_dir)
+    found = check_submission(file, index_path=index, num_labels=num_labels, runs_dir=runs_dir)
     typer.echo(f"{found.table()}\n\n{found.verdict()}")
     if not found.ready:
         raise typer.Exit(1)

@@ -231,7 +231,7 @@ def ensemble(
         None
     ),
     agreement: Annotated[str | None, option("mean, root or best; else tuned, or mean.")] = None,
-    num_classes: Annotated[int, typer.Option(help="Classes 1..N that may occur.")] = 4,
+    num_labels: Annotated[int, typer.Option(help="Number of classes, without background.")] = 4,
 ) -> None:
     """Merge every result file of a folder into test-results.json, its zip and its manifest.
 
@@ -242,14 +242,14 @@ def ensemble(
     from cellseg.ensemble import ensemble_files, tune_files, write_manifest
     from cellseg.submission import write_submission
 
-    names = [f"class{number}" for number in range(1, num_classes + 1)]
+    names = [f"class{number}" for number in range(1, num_labels + 1)]
     dataset = None if truth is None else CellDataset(truth, class_names=names)
     result = ensemble_files(
         predictions,
         tuning=tune_files(predictions, dataset, runs_dir=runs_dir),
         iou_threshold=iou_threshold,
         agreement=agreement,
-        category_ids=range(1, num_classes + 1),
+        category_ids=range(1, num_labels + 1),
     )
     typer.echo(result.summary())
     paths = write_submission(result.records, output_dir)

@@ -85,7 +85,7 @@ def check_submission(
     path: str | Path,
     *,
     index_path: str | Path | None = None,
-    num_classes: int = 4,
+    num_labels: int = 4,
     project_dir: str | Path | None = None,
     runs_dir: str | Path | None = None,
 ) -> SubmissionCheck:
@@ -98,7 +98,7 @@ def check_submission(
         path: the zip, or the bare JSON that belongs into it.
         index_path: the release's `test_image_name_to_ids.json`; without it any id is allowed,
             and sizes are compared among the records of an image.
-        num_classes: classes 1..N may occur.
+        num_labels: number of classes, background not counted: ids 1..num_labels may occur.
         project_dir: holds `predictions/`, for the lines on the course's rules; the file's own
             folder by default.
         runs_dir: holds the runs that the files there are named after; by default `runs/` in
@@ -118,7 +118,7 @@ def check_submission(
         check = "JSON" if findings else "file"
         return SubmissionCheck(path, [*findings, _judge(check, [str(error)])])
     findings.append(_size_finding(path, data, records))
-    forms, sound = _check_forms(records, index, num_classes)
+    forms, sound = _check_forms(records, index, num_labels)
     findings += forms
     if sound:
         findings += [*_check_masks(sound), *_check_coverage(sound, index)]
@@ -151,7 +151,7 @@ def _size_finding(path: Path, data: bytes, records: Any) -> Finding:
 
 
 def _check_forms(
-    records: Any, index: Sequence[TestImage] | None, num_classes: int
+    records: Any, index: Sequence[TestImage] | None, num_labels: int
 ) -> tuple[list[Finding], Numbered]:
     """Return the findings on each record by itself, and the records without fault."""
     if not isinstance(records, list) or not records:
@@ -159,7 +159,7 @@ def _check_forms(
         return [_judge("schema", check_records(records) or empty)], {}
     sizes = None if index is None else {i.image_id: (i.height, i.width) for i in index}
     faults = check_records(
-        records, image_ids=sizes, category_ids=range(1, num_classes + 1), image_sizes=sizes
+        records, image_ids=sizes, category_ids=range(1, num_labels + 1), image_sizes=sizes
     )
     sound = _without(dict(enumerate(records)), faults)
     if index is None:
@@ -170,7 +170,7 @@ def _check_forms(
         text = fault.split(": ", 1)[1]
         check = next((c for start, c in CHECK_OF.items() if text.startswith(start)), "schema")
         by_check.setdefault(check, []).append(fault)
-    return _form_findings(by_check, index, num_classes), sound
+    return _form_findings(by_check, index, num_labels), sound
 
 
 def _without(records: Numbered, faults: Collection[str]) -> Numbered:
@@ -193,13 +193,13 @@ def _odd_sizes(records: Numbered) -> list[str]:
 
 
 def _form_findings(
-    by_check: Mapping[str, list[str]], index: Sequence[TestImage] | None, num_classes: int
+    by_check: Mapping[str, list[str]], index: Sequence[TestImage] | None, num_labels: int
 ) -> list[Finding]:
     """Return a finding for each check of the records' form."""
     fine = {
         "schema": "each record has its five keys",
         "image ids": "not compared, for want of the test index",
-        "classes": f"each is one of 1 to {num_classes}",
+        "classes": f"each is one of 1 to {num_labels}",
         "scores": "each is a number from 0 to 1",
         "sizes": "one size an image; not compared with the test index, for want of it",
         "RLE": "each mask decodes to height x width pixels",
