@@ -47,7 +47,7 @@ def check_submission(
 @submission.command("score")
 def score_submission(
     file: HandIn,
-    truth: Annotated[Path, typer.Option(help="Folder of samples, as predict --train-dir takes.")],
+    truth: Annotated[Path, typer.Option(help="Folder of samples, as for predict --train-dir.")],
     ids: Ids = None,
     class_names: Names = None,
 ) -> None:

@@ -49,12 +49,17 @@ def audit(
     figure: Annotated[Path | None, typer.Option(help="Where to save the figure, .png.")] = None,
     val_ids: Annotated[
         str | None,
-        option("Samples to be held out (as of train): say what they share with the others, too."),
+        option("Samples to hold out, as for train: says also what they share with the others."),
     ] = None,
-    run: Annotated[Path | None, option("The same of the split of this run's folder.")] = None,
+    run: Annotated[
+        Path | None,
+        option(
+            "Folder of a run: says also what the samples that it held out share with the others."
+        ),
+    ] = None,
     leaks_figure: Annotated[
         Path | None,
-        option("Where to save the closest pairs, .png; of a run by default its figures/leaks.png."),
+        option("Where to save the closest pairs, .png; default with --run: its figures/leaks.png."),
     ] = None,
 ) -> None:
     """Say what a folder of samples holds, and what in it looks like a mistake.
@@ -118,7 +123,8 @@ def _tell_leaks(
 @app.command("import")
 def import_data(
     source: Annotated[
-        Path, typer.Argument(help="COCO file, or folder of label maps (or of one such a class).")
+        Path,
+        typer.Argument(help="COCO file; or folder of label maps, or of one such folder per class."),
     ],
     images_dir: Annotated[Path, typer.Argument(help="Folder of the annotated images.")],
     out_dir: Annotated[Path, typer.Argument(help="Release to write; a new folder.")],
@@ -138,16 +144,18 @@ def export_cells(
         Path, typer.Argument(help="Result file, .json; or a folder of samples, for their truth.")
     ],
     output: Annotated[Path, typer.Argument(help="File (coco, csv) or folder (labels, geojson).")],
-    to: Annotated[str, typer.Option(help="coco, labels, geojson (QuPath) or csv (sizes).")],
+    to: Annotated[str, typer.Option(help="Format: coco, labels, geojson (QuPath) or csv (sizes).")],
     images: Annotated[
         Path | None,
-        typer.Option(help="Of a result file: release, folder of samples, or one image file."),
+        typer.Option(
+            help="Images of a result file: release, folder of samples, or one image file."
+        ),
     ] = None,
     ids: Ids = None,
     class_names: Names = None,
-    score_threshold: Annotated[float, typer.Option(help="Drop lower scores, 0-1.")] = 0.5,
+    score_threshold: Annotated[float, typer.Option(help="Drop cells of lower scores, 0-1.")] = 0.5,
     pixel_size: Annotated[float | None, option("csv: a pixel's side in micrometres.")] = None,
-    by_class: Annotated[bool, typer.Option(help="labels: one map a class.")] = False,
+    by_class: Annotated[bool, typer.Option(help="labels: one map per class.")] = False,
     object_type: Annotated[
         str, typer.Option(help="geojson: detection, or annotation (to be edited in QuPath).")
     ] = "detection",

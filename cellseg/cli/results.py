@@ -29,36 +29,46 @@ def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A run's best.pt or last.pt.")],
     output: Annotated[Path, typer.Argument(help="Result file to write, .json.")],
     release: Annotated[
-        Path | None, typer.Option(help="Release whose test images to segment.")
+        Path | None, typer.Option(help="Release whose test images are segmented.")
     ] = None,
     train_dir: Annotated[
-        Path | None, typer.Option(help="Or: a folder of samples to segment whole.")
+        Path | None, typer.Option(help="Or: a folder of annotated samples to segment.")
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="Or: one image file, however large; its image_id is 1.")
     ] = None,
     ids: Ids = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="--train-dir: the samples that the run held out.")
+        bool, typer.Option("--held-out", help="Of --train-dir only what the run held out.")
     ] = False,
-    views: Annotated[str | None, option("plain, flips (4), turns (4) or d4 (8).")] = None,
+    views: Annotated[
+        str | None,
+        option("Mirrored and turned views, merged: plain (1), flips (4), turns (4) or d4 (8)."),
+    ] = None,
     scale: Annotated[
-        list[float] | None, option("Size of a view; may be given several times.")
+        list[float] | None,
+        option("Scale of the views, 1 is the image's own; may be given several times."),
     ] = None,
     tile_size: Annotated[
-        int | None, option("Image pixels; by default only large images are tiled.")
+        int | None, option("Side of a tile, image pixels; default: only large images are tiled.")
     ] = None,
-    overlap: Annotated[int | None, option("Of tiles; larger than any cell.")] = None,
-    score_threshold: Annotated[float | None, option("Drop lower scores, 0-1.")] = None,
-    mask_threshold: Annotated[float | None, option("A pixel's least probability.")] = None,
-    swapped: Annotated[bool, typer.Option(help="--image has red and blue exchanged.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a stopped --image.")] = True,
+    overlap: Annotated[
+        int | None, option("Overlap of tiles, image pixels; larger than any cell.")
+    ] = None,
+    score_threshold: Annotated[float | None, option("Drop cells of lower scores, 0-1.")] = None,
+    mask_threshold: Annotated[
+        float | None, option("Probability above which a pixel belongs to the cell.")
+    ] = None,
+    swapped: Annotated[bool, typer.Option(help="Red and blue of --image are exchanged.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an earlier --image was stopped.")
+    ] = True,
     device: Device = "auto",
 ) -> None:
     """Segment test images, samples with truth, or one image file, from a checkpoint.
 
-    Settings that are not given are those that the checkpoint's run remembers, with which its
-    records out of fold were made; away from its run's folder a checkpoint is looked at plainly.
+    Settings that are not given are those of the run that the checkpoint lies in, with which its
+    records out of fold were made; outside a run's folder the defaults stand.
     """
     from cellseg.coco import write_records
     from cellseg.data import CellDataset, SampleImages
@@ -123,7 +133,7 @@ def _prediction(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def evaluate(
-    records_file: Annotated[Path, typer.Argument(help="Result file of samples with truth.")],
+    records_file: Annotated[Path, typer.Argument(help="Result file for samples with truth.")],
     train_dir: TrainDir,
     ids: Ids = None,
     class_names: Names = None,
@@ -132,7 +142,8 @@ def evaluate(
         option("Folder of the run that held the samples out: write scores and figures there."),
     ] = None,
     score_threshold: Annotated[
-        float, typer.Option(help="From which score on cells are counted and drawn, 0-1.")
+        float,
+        typer.Option(help="Lowest score of cells that are counted and drawn, 0-1; AP takes all."),
     ] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
@@ -177,7 +188,10 @@ def compare(
     after: Annotated[Path, typer.Argument(help="The other one, for the same samples.")],
     truth: Annotated[Path, option("Folder of samples, as train and evaluate take it.")],
     statistic: Annotated[
-        str, typer.Option(help="ap50, ap75, ap, ap50_100, ap_100, pq, dq, sq, aji, dice or f_d.")
+        str,
+        typer.Option(
+            help="Score to compare: ap50, ap75, ap, ap50_100, ap_100, pq, dq, sq, aji, dice or f_d."
+        ),
     ] = "ap50",
     ids: Ids = None,
     class_names: Names = None,
@@ -224,19 +238,24 @@ def ensemble(
     ),
     output_dir: Annotated[Path, typer.Option(help="Where the result and its zip go.")] = Path("."),
     truth: Annotated[
-        Path | None, option("Samples that the members' runs were trained on by folds, to tune.")
+        Path | None,
+        option("Samples to tune on: those that the members' runs had for train --folds."),
     ] = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs, for tuning.")] = Path("runs"),
-    iou_threshold: Annotated[float | None, option("Mask IoU of one cell; else tuned, or 0.5.")] = (
-        None
-    ),
-    agreement: Annotated[str | None, option("mean, root or best; else tuned, or mean.")] = None,
+    iou_threshold: Annotated[
+        float | None,
+        option("Mask IoU above which records show one cell; default: as tuned, else 0.5."),
+    ] = None,
+    agreement: Annotated[
+        str | None,
+        option("How scores for a cell become one: mean, root or best; default: as tuned, or mean."),
+    ] = None,
     num_labels: Annotated[int, typer.Option(help="Number of classes, without background.")] = 4,
 ) -> None:
     """Merge every result file of a folder into test-results.json, its zip and its manifest.
 
-    With --truth, weights, threshold, rule and the choice of members are fitted on the records out
-    of fold (oof.json of train --folds) of the runs that the files are named after.
+    With --truth, the members' weights and choice, the threshold and the rule are fitted on the
+    records out of fold (oof.json of train --folds) of the runs that the files are named after.
     """
     from cellseg.data import CellDataset
     from cellseg.ensemble import ensemble_files, tune_files, write_manifest
@@ -268,12 +287,13 @@ def report(
     data_set: Annotated[
         str,
         typer.Option(
-            help="Name of the data, printed for their folder's name; MoNuSAC and CoNSeP are cited."
+            help="Name of the data, instead of their folder's; MoNuSAC and CoNSeP are cited."
         ),
     ] = "",
-    output: Annotated[Path | None, typer.Option(help="The PDF; default: in the run.")] = None,
+    output: Annotated[Path | None, option("PDF to write; default: report.pdf in the run.")] = None,
     tissue: Annotated[
-        bool, typer.Option(help="Figures that show images; not for data that may not be shown.")
+        bool,
+        typer.Option(help="Print figures that show images; not for data that may not be shown."),
     ] = True,
 ) -> None:
     """Write the PDF report of a run, with the words.md and experiments.toml in its folder."""
@@ -295,7 +315,7 @@ def report(
 
 @app.command("run")
 def run_notebook(
-    notebook: Annotated[Path, typer.Argument(help="The notebook.")] = Path("Training.ipynb"),
+    notebook: Annotated[Path, typer.Argument(help="Notebook to execute.")] = Path("Training.ipynb"),
 ) -> None:
     """Execute the notebook from top to bottom and say where everything lies."""
     from cellseg.notebook import execute_notebook

@@ -20,18 +20,21 @@ Names = Annotated[
     str | None,
     typer.Option(
         "--class-names",
-        help="Names of class1, class2, ..., with commas between; default: those that "
-        "class_names.json in the release tells, else the course's four.",
+        help="Names of class1, class2, ..., with commas between; default: those in the "
+        "release's class_names.json, else the course's four.",
         show_default=False,
     ),
 ]
 Ids = Annotated[
     str | None,
-    typer.Option(help="Sample ids (folder names) with commas between, or a file of one a line."),
+    typer.Option(
+        help="Only these samples: folder names with commas between, or a file of one a line."
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cuda, mps or cpu.")]
 TrainDir = Annotated[
-    Path, typer.Argument(help="Folder of samples: one folder each, with image and class maps.")
+    Path,
+    typer.Argument(help="Folder of annotated samples: a folder each, with image and class maps."),
 ]
 
 

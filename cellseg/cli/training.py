@@ -10,7 +10,6 @@ import typer
 
 from cellseg.cli.shared import (
     Device,
-    Ids,
     Names,
     TrainDir,
     app,
@@ -48,66 +47,95 @@ class Split(NamedTuple):
 def train(
     train_dir: TrainDir,
     preset: Annotated[
-        str, typer.Option(help="quick, laptop or gpu; auto takes gpu where there is one.")
+        str, typer.Option(help="Recipe: quick, laptop or gpu; auto takes gpu where there is one.")
     ] = "auto",
-    backbone: Annotated[str | None, option("Which get_model_* builds the model.")] = None,
-    weights: Annotated[str | None, option("DEFAULT, COCO, IMAGENET, a file, or none.")] = None,
-    image_scale: Annotated[
-        str | None, option("Network pixels a pixel; auto: by the cells.")
+    backbone: Annotated[
+        str | None, option("Such as mobilenetv2, resnet50v2 or convnext_tiny.")
     ] = None,
-    network_size: Annotated[int | None, option("Side of a crop, network pixels.")] = None,
-    crop_size: Annotated[int | None, option("The same in image pixels, instead.")] = None,
-    batch_size: Annotated[int | None, option("Crops a step.")] = None,
-    fpn_channels: Annotated[int | None, option("Width of FPN, RPN and mask head.")] = None,
+    weights: Annotated[
+        str | None, option("Pretrained weights: DEFAULT, COCO, IMAGENET, a file, or none.")
+    ] = None,
+    image_scale: Annotated[
+        str | None, option("Network pixels per image pixel; auto: from the cells' size.")
+    ] = None,
+    network_size: Annotated[int | None, option("Side of a training crop, network pixels.")] = None,
+    crop_size: Annotated[
+        int | None, option("Side of a training crop, image pixels; instead of --network-size.")
+    ] = None,
+    batch_size: Annotated[int | None, option("Training crops per step.")] = None,
+    fpn_channels: Annotated[int | None, option("Channels of FPN, RPN and mask head.")] = None,
     head_width: Annotated[int | None, option("Units of the box head.")] = None,
-    rois_per_image: Annotated[int | None, option("RoIs that the losses see.")] = None,
-    learning_rate: Annotated[float | None, option("At its peak.")] = None,
+    rois_per_image: Annotated[
+        int | None, option("Proposals per crop that the heads learn from.")
+    ] = None,
+    learning_rate: Annotated[float | None, option("Peak learning rate.")] = None,
     epochs: Annotated[int | None, option("Passes over the training images.")] = None,
-    minutes: Annotated[float | None, option("Of training, after which the run ends.")] = None,
-    validate_every: Annotated[int | None, option("Validate every so many epochs.")] = None,
-    precision: Annotated[str | None, option("auto, float32, bfloat16 or float16.")] = None,
+    minutes: Annotated[float | None, option("Minutes of training.")] = None,
+    validate_every: Annotated[int | None, option("Epochs from one validation to the next.")] = None,
+    precision: Annotated[
+        str | None, option("Number format: auto, float32, bfloat16 or float16.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
             help="Any other setting, such as cascade=true or scale_range=[0.8,1.25]; may be given "
-            "several times. A wrong key is told with all that there are.",
+            "several times. An unknown key is refused with a list of those that there are.",
             show_default=False,
         ),
     ] = None,
-    val_ids: Ids = None,
-    val_fraction: Annotated[float, typer.Option(help="Without val-ids: share held out.")] = 0.2,
+    val_ids: Annotated[
+        str | None,
+        option("Samples to hold out: folder names with commas between, or a file of one a line."),
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Without --val-ids: share of the data to hold out.")
+    ] = 0.2,
     groups: Annotated[
         str,
         typer.Option(
-            help="What that share keeps together: alike (images of one slide, as far as their "
-            "pixels tell: 17 s for 209 images) or random (nothing)."
+            help="Images that are held out together or not at all: alike (those of one slide, as "
+            "far as their pixels tell: 17 s for 209 images) or random (none)."
         ),
     ] = "alike",
-    folds: Annotated[int, option("Instead: so many models, each image held out by one.")] = 0,
-    train_on_all: Annotated[bool, typer.Option(help="After folds: train on every image.")] = False,
+    folds: Annotated[int, option("Cross-validation with this many folds.")] = 0,
+    train_on_all: Annotated[
+        bool, typer.Option(help="After --folds: train one more model, on every image.")
+    ] = False,
     class_names: Names = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    name: Annotated[
+        str | None, option("Name of the run's folder; default: the backbone and a hash.")
+    ] = None,
     on_change: Annotated[
-        str, typer.Option(help="If that run has other settings: refuse or continue.")
+        str, typer.Option(help="If a run of that name has other settings: refuse or continue.")
     ] = "refuse",
-    save_minutes: Annotated[float, typer.Option(help="Save within an epoch, too, so often.")] = 10,
-    keep_checkpoints: Annotated[int, typer.Option(help="Epochs' states to keep besides.")] = 0,
-    tracker: Annotated[str, typer.Option(help="none or tensorboard.")] = "none",
-    workers: Annotated[int, typer.Option(help="Processes that read ahead.")] = 2,
-    cache: Annotated[bool, typer.Option(help="Decode each sample once, beside the runs.")] = True,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    save_minutes: Annotated[
+        float, typer.Option(help="Minutes between saves within an epoch.")
+    ] = 10,
+    keep_checkpoints: Annotated[
+        int, typer.Option(help="Number of latest epochs to keep as epoch_<n>.pt, beside last.pt.")
+    ] = 0,
+    tracker: Annotated[
+        str, typer.Option(help="What else to log to: none or tensorboard.")
+    ] = "none",
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    cache: Annotated[
+        bool, typer.Option(help="Keep decoded samples in cache/ in the folder of runs.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a model; run again to go on. What is not given is the preset's, see the README.
+    """Train a model; run the same command again to go on.
+
+    Settings that are not given are those of the preset; the README has a table of them.
 
     On several GPUs: torchrun --nproc-per-node 2 -m cellseg train ...; they share each batch.
 
-    With --folds images that are alike are held out together, each fold is a run in the run's
-    folder, and the records of all images, each by the model that did not see it, are in its
-    oof.json.
+    With --folds each fold is a run in a folder of its own inside the run's folder, and images
+    that are alike are held out together. The run's oof.json gets the records of all images, each
+    found by the model that was not trained on it.
 
     Asked to stop, it ends the step, saves its state and exits with 128 + the signal's number: 130
     after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (a cluster's time limit ahead).
