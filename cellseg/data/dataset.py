@@ -24,6 +24,7 @@ from cellseg.data.reading import (
 )
 from cellseg.data.release import read_test_index
 from cellseg.errors import DataError, SettingsError, check_at_least
+from cellseg.markdown import first_few
 
 Target = dict[str, Any]
 Transform = Callable[[torch.Tensor, Target, torch.Generator], tuple[torch.Tensor, Target]]
@@ -98,9 +99,9 @@ class CellDataset(Dataset):
         """Keep the samples of these ids, in sorted order."""
         unknown = sorted(set(sample_ids) - set(self._all_image_ids))
         if unknown:
+            names = first_few([repr(name) for name in unknown], 10)
             raise SettingsError(
-                f"{self.train_dir} has no sample {', '.join(map(repr, unknown[:10]))}; name its "
-                "folders as they are"
+                f"{self.train_dir} has no sample {names}; name its folders as they are"
             )
         self.sample_ids = sorted(set(sample_ids))
         self.image_ids = [self._all_image_ids[sample_id] for sample_id in self.sample_ids]

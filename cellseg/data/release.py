@@ -16,6 +16,7 @@ from pathlib import Path
 from cellseg.data.archive import MAX_BYTES, MAX_FILES, is_archive, unpack
 from cellseg.errors import DataError
 from cellseg.files import read_json, write_atomically
+from cellseg.markdown import first_few
 
 RELEASE_NAME = "hw3-data-release"
 TRAIN_NAME = "train"
@@ -343,7 +344,7 @@ def read_test_index(path: str | Path) -> list[TestImage]:
         ids.add(row["id"])
         images.append(TestImage(row["file_name"], row["id"], row["height"], row["width"]))
     if faults:
-        raise DataError(f"{path}: {'; '.join(faults[:10])}; extract it again or correct it")
+        raise DataError(f"{path}: {first_few(faults, 10, '; ')}; extract it again or correct it")
     return images
 
 
