@@ -21,7 +21,7 @@ from pycocotools import mask as mask_utils
 from cellseg.errors import RecordsError
 from cellseg.files import open_atomically
 from cellseg.markdown import first_lines
-from cellseg.rle import decode_counts, encode_counts
+from cellseg.rle import decode_counts, encode_counts, index_within
 
 Record = dict[str, Any]
 Rle = dict[str, Any]
@@ -61,7 +61,7 @@ def rle_area(rles: Sequence[Rle]) -> np.ndarray:
     """Return the number of pixels of each RLE, int64 [N]."""
     # pycocotools 2.0.11 cannot do it for more than 255 masks at once.
     counts, offsets = decode_counts([rle["counts"] for rle in rles])
-    place = np.arange(len(counts)) - np.repeat(offsets[:-1], np.diff(offsets))
+    place = index_within(np.diff(offsets))
     sums = np.concatenate([[0], np.cumsum(np.where(place % 2 == 1, counts, 0))])
     return sums[offsets[1:]] - sums[offsets[:-1]]
 
@@ -139,7 +139,7 @@ def move_rles(rles: Sequence[Rle], offset: tuple[int, int], size: tuple[int, int
     height = rles[0]["size"][0]
     counts, offsets = decode_counts([rle["counts"] for rle in rles])
     owner = np.repeat(np.arange(len(rles)), np.diff(offsets))
-    place = np.arange(len(counts)) - np.repeat(offsets[:-1], np.diff(offsets))
+    place = index_within(np.diff(offsets))
     end = np.cumsum(counts)
     end -= np.concatenate([[0], end])[offsets[:-1]][owner]  # within its own mask
     object_run = (place % 2 == 1) & (counts > 0)
@@ -148,7 +148,7 @@ def move_rles(rles: Sequence[Rle], offset: tuple[int, int], size: tuple[int, int
     first, last = start // height, (end - 1) // height
     parts = last - first + 1
     part = np.repeat(np.arange(len(parts)), parts)
-    column = first[part] + np.arange(len(part)) - np.repeat(np.cumsum(parts) - parts, parts)
+    column = first[part] + index_within(parts)
     top = np.maximum(start[part], column * height) - column * height
     bottom = np.minimum(end[part], (column + 1) * height) - column * height
     base = (column + offset[0]) * size[0] + offset[1]

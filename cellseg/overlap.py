@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from cellseg.coco import Rle
-from cellseg.rle import decode_counts
+from cellseg.rle import decode_counts, index_within
 
 CELL_SIDES = 1.5  # side of a grid cell in median box sides: fewest pairs to look at (measured)
 MAX_CELLS = 8  # grid cells that a box may cover in the mean
@@ -101,7 +101,7 @@ def _covered_cells(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.nd
     columns, rows = (high - low).T
     number = columns * rows
     box = np.repeat(np.arange(len(low)), number)
-    within = np.arange(len(box)) - np.repeat(np.cumsum(number) - number, number)
+    within = index_within(number)
     return box, low[box, 0] + within // rows[box], low[box, 1] + within % rows[box]
 
 
@@ -110,8 +110,7 @@ def _pairs_of_equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     positions = np.arange(len(keys))
     later = np.searchsorted(keys, keys, side="right") - positions - 1
     a = np.repeat(positions, later)
-    b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(later) - later, later)
-    return a, b
+    return a, a + 1 + index_within(later)
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ class MaskLine:
         filled = corners[offsets] == np.arange(len(rles) + 1) * height * width
         if not filled.all() or counts.min(initial=0) < 0:
             raise ValueError(f"the runs of a mask do not fill its size ({height}, {width})")
-        position = np.arange(len(counts)) - np.repeat(offsets[:-1], np.diff(offsets))
-        inside = position % 2 == 1
+        inside = index_within(np.diff(offsets)) % 2 == 1
         covered = np.concatenate([[0], np.cumsum(counts * inside)])
         runs = np.flatnonzero(inside & (counts > 0))
         return cls(
@@ -203,14 +201,13 @@ class MaskLine:
     def _intersections(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Return the pixels that the masks of each pair share, int64 [P]."""
         runs = np.diff(self.offsets)[j]
-        pair_starts = np.cumsum(runs) - runs
-        within = np.arange(runs.sum()) - np.repeat(pair_starts, runs)
-        run = np.repeat(self.offsets[j], runs) + within
+        run = np.repeat(self.offsets[j], runs) + index_within(runs)
         shift = np.repeat((i - j) * self.pixels, runs)
         covered = self._covered_before(self.ends[run] + shift)
         covered -= self._covered_before(self.starts[run] + shift)
         totals = np.concatenate([[0], np.cumsum(covered)])
-        return totals[pair_starts + runs] - totals[pair_starts]
+        ends = np.cumsum(runs)
+        return totals[ends] - totals[ends - runs]
 
     def _covered_before(self, position: np.ndarray) -> np.ndarray:
         """Return the object pixels on the line before each position."""

@@ -66,7 +66,7 @@ def encode_counts(counts: np.ndarray, offsets: np.ndarray) -> list[str]:
     counts = np.asarray(counts, dtype=np.int64)
     offsets = np.asarray(offsets, dtype=np.int64)
     numbers = counts.copy()
-    differs = _index_within(offsets) > 2
+    differs = index_within(np.diff(offsets)) > 2
     numbers[differs] -= counts[np.flatnonzero(differs) - 2]
     magnitude = np.where(numbers < 0, ~numbers, numbers)
     limits = 1 << (5 * np.arange(1, _MAX_GROUPS) - 1)
@@ -80,6 +80,18 @@ def encode_counts(counts: np.ndarray, offsets: np.ndarray) -> list[str]:
     text = codes.tobytes().decode("ascii")
     edges = ends[offsets].tolist()
     return [text[start:end] for start, end in pairwise(edges)]
+
+
+def index_within(lengths: np.ndarray) -> np.ndarray:
+    """Return for each element of groups that lie one after the other its place in its own, from 0.
+
+    Args:
+        lengths: integers >= 0 [N], the elements of each group.
+
+    Returns:
+        int64 [sum of lengths]; groups of 2, 0 and 3 give 0, 1, 0, 1, 2.
+    """
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _codes(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +119,8 @@ def _numbers(codes: np.ndarray, ends: np.ndarray, groups: np.ndarray) -> np.ndar
 
 def _undo_differences(numbers: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Turn differences to the count two places back into counts, mask by mask."""
-    index = _index_within(offsets)
     sizes = np.diff(offsets)
+    index = index_within(sizes)
     pair_starts = np.concatenate([[0], np.cumsum((sizes + 1) // 2)])
     slots = np.repeat(2 * pair_starts[:-1], sizes) + index
     pairs = np.zeros((pair_starts[-1], 2), dtype=np.int64)
@@ -117,8 +129,3 @@ def _undo_differences(numbers: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     sums = np.concatenate([np.zeros((1, 2), dtype=np.int64), np.cumsum(pairs, axis=0)])
     sums[1:] -= np.repeat(sums[pair_starts[:-1]], np.diff(pair_starts), axis=0)
     return np.where(index == 0, numbers, sums[1:].reshape(-1)[slots])
-
-
-def _index_within(offsets: np.ndarray) -> np.ndarray:
-    """Return for each element its position within its own mask."""
-    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))

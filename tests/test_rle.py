@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 
-from cellseg.rle import decode_counts, encode_counts
+from cellseg.rle import decode_counts, encode_counts, index_within
 
 CASES = [
     ("a pixel of four: one count before, one in, two after", [1, 1, 2], "112"),
@@ -44,6 +44,13 @@ def test_all_masks_at_once_give_the_same_as_one_by_one():
     for (_, expected, _), start, end in zip(CASES, offsets[:-1], offsets[1:], strict=True):
         assert counts[start:end].tolist() == expected
     assert encode_counts(counts, offsets) == [string for _, _, string in CASES]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "places"), [([2, 0, 3], [0, 1, 0, 1, 2]), ([0, 0, 1, 0], [0]), ([0], []), ([], [])]
+)
+def test_index_within_counts_each_group_from_nothing(lengths, places):
+    assert index_within(np.array(lengths, dtype=np.int64)).tolist() == places
 
 
 def test_no_masks():

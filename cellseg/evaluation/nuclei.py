@@ -20,6 +20,7 @@ from cellseg.coco import Record, Rle, group_by_image, sort_records
 from cellseg.evaluation.names import NUCLEI_NAMES
 from cellseg.evaluation.scores import Truth, check_fit, scores_table
 from cellseg.overlap import MaskLine
+from cellseg.rle import index_within
 
 MATCH_IOU = 0.5  # a match needs more; of disjoint nuclei only one can have it
 FOUND_WITHIN = 12.0  # px between centroids, HoVer-Net's radius at 40x
@@ -291,10 +292,10 @@ def _painted(rles: Sequence[Rle], size: tuple[int, int]) -> tuple[np.ndarray, ..
     owner = np.repeat(np.arange(len(rles)), np.diff(masks.offsets))[::-1]
     lengths = (masks.ends - masks.starts)[::-1]
     first = masks.starts[::-1] - owner * masks.pixels
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    covered = np.repeat(first, lengths) + index_within(lengths)
     painted = np.zeros(size[0] * size[1], dtype=np.int32)
     # From the last mask to the first: of several values for one pixel the last one stays.
-    painted[np.repeat(first, lengths) + within] = np.repeat(owner + 1, lengths)
+    painted[covered] = np.repeat(owner + 1, lengths)
     pixel = np.flatnonzero(painted)
     nucleus = painted[pixel] - 1
     areas = np.bincount(nucleus, minlength=len(rles))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cellseg.coco import Rle, runs_to_rles
+from cellseg.rle import index_within
 
 PASTES = ("aligned", "torchvision")
 PIECE_VALUES = 4_000_000  # values worked on at once: 16 MB of float32
@@ -102,10 +103,7 @@ def _aligned_runs(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold
     for piece in _pieces(count * (side + 2)):
         masks_of_piece = np.arange(piece.start, piece.stop)
         owner = np.repeat(masks_of_piece, count[piece])
-        within = np.arange(len(owner)) - np.repeat(
-            np.cumsum(count[piece]) - count[piece], count[piece]
-        )
-        x = first[owner] + within
+        x = first[owner] + index_within(count[piece])
         line, top, bottom = _crossings(_profiles(columns, owner, x, edges), edges[owner], threshold)
         parts.append(_place_runs(owner[line], x[line], top, bottom, size))
     return _join(parts)
