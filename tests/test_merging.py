@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
 from cellseg.coco import make_record, mask_to_rle, sort_records
-from cellseg.inference.merging import fuse, suppress
+from cellseg.inference.merging import cluster_scores, fuse, suppress
 from cellseg.overlap import box_neighbours, neighbour_ious
 
 HEIGHT, WIDTH = 30, 50
@@ -262,6 +262,15 @@ def test_agreement(reason, members, weights, expected):
     fused = fuse(members, iou_threshold=0.5, weights=weights)
     assert scores_of(fused) == pytest.approx(expected, abs=1e-12)
     assert members == before
+
+
+def test_of_each_cell_the_best_score_of_each_member_counts():
+    owners = np.array([0, 0, 2, 0, 2])  # record 0 stands for 1 and 3, record 2 for 4
+    kept, cell, best = cluster_scores(owners, [0, 2, 2, 2, 0], [0.9, 0.5, 0.7, 0.6, 0.1], 3)
+    assert (kept.tolist(), cell.tolist()) == ([0, 2], [0, 0, 1, 0, 1])
+    assert best.tolist() == [[0.9, 0, 0.6], [0.1, 0, 0.7]]
+    nothing = np.zeros(0, dtype=np.int64)
+    assert cluster_scores(nothing, nothing, nothing, 3)[2].shape == (0, 3)
 
 
 def test_the_mask_is_that_of_the_best_record():

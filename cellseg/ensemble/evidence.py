@@ -9,6 +9,7 @@ from cellseg.coco import Record, group_by_image, record_order
 from cellseg.ensemble.rules import RULES
 from cellseg.evaluation.matches import Candidates, Matches, average_precision, find_candidates
 from cellseg.evaluation.scores import AT_50, Truth, check_fit, mean_or_none
+from cellseg.inference.merging import cluster_scores
 from cellseg.overlap import neighbour_ious
 
 Clusters = tuple[np.ndarray, np.ndarray]
@@ -73,10 +74,10 @@ class Evidence:
             active = taking[self._member]
             used = (iou > iou_threshold) & active[first] & active[second]
             owners = _suppress(len(active), first[used], second[used])
-            kept, cluster = np.unique(owners[active], return_inverse=True)
-            scores = np.zeros((len(kept), len(taking)))
-            np.maximum.at(scores, (cluster.reshape(-1), self._member[active]), self._score[active])
-            self._last = (key, (kept, scores))
+            kept, _, best = cluster_scores(
+                owners[active], self._member[active], self._score[active], len(taking)
+            )
+            self._last = (key, (kept, best))
         return self._last[1]
 
 

@@ -102,12 +102,32 @@ def _fuse_image(
     entries.sort(key=lambda entry: record_order(entry[0]))
     records = [record for record, _ in entries]
     owners = find_owners(records, iou_threshold=iou_threshold)
-    kept, cluster = np.unique(owners, return_inverse=True)
-    scores = np.zeros((len(kept), len(weight)))
-    member = [member for _, member in entries]
-    np.maximum.at(scores, (cluster, member), [record["score"] for record in records])
-    fused = combine(scores, weight)
+    members, scores = [member for _, member in entries], [record["score"] for record in records]
+    kept, _, best = cluster_scores(owners, members, scores, len(weight))
+    fused = combine(best, weight)
     return [{**records[index], "score": score} for index, score in zip(kept, fused, strict=True)]
+
+
+def cluster_scores(
+    owners: np.ndarray, columns: Sequence[int], scores: Sequence[float], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what each of M members (or views, or classes) saw at best of each cell.
+
+    Args:
+        owners: int64 [N], of `find_owners`; records of one owner are one cell.
+        columns: N numbers in 0..M-1, the member of each record.
+        scores: N scores >= 0.
+        count: M.
+
+    Returns:
+        kept: int64 [K], the owners, ascending.
+        cell: int64 [N], the position of each record's owner in `kept`.
+        best: float64 [K, M], the best score of each member in each cell, 0 if it saw nothing.
+    """
+    kept, cell = np.unique(owners, return_inverse=True)
+    best = np.zeros((len(kept), count))
+    np.maximum.at(best, (cell, columns), scores)
+    return kept, cell, best
 
 
 def find_owners(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cellseg.coco import Record, group_by_image, record_order, sort_records
-from cellseg.inference.merging import find_owners
+from cellseg.inference.merging import cluster_scores, find_owners
 
 
 def settle_classes(records: Iterable[Record], *, iou_threshold: float = 0.5) -> list[Record]:
@@ -39,9 +39,8 @@ def _settle_image(records: list[Record], iou_threshold: float) -> list[Record]:
     records = sorted(records, key=record_order)
     alike = [record | {"category_id": 0} for record in records]
     owners = find_owners(alike, iou_threshold=iou_threshold)
-    kept, cell = np.unique(owners, return_inverse=True)
-    _, label = np.unique([record["category_id"] for record in records], return_inverse=True)
-    scores = np.zeros((len(kept), label.max(initial=-1) + 1))
-    np.maximum.at(scores, (cell, label), [record["score"] for record in records])
-    sums = np.minimum(np.sort(scores, axis=1).sum(axis=1), 1.0).tolist()
+    classes, label = np.unique([record["category_id"] for record in records], return_inverse=True)
+    scores = [record["score"] for record in records]
+    kept, _, best = cluster_scores(owners, label, scores, len(classes))
+    sums = np.minimum(np.sort(best, axis=1).sum(axis=1), 1.0).tolist()
     return [records[k] | {"score": score} for k, score in zip(kept, sums, strict=True)]

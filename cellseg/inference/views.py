@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cellseg.coco import Record, make_records, record_order
 from cellseg.errors import SettingsError
-from cellseg.inference.merging import agreement, find_owners
+from cellseg.inference.merging import agreement, cluster_scores, find_owners
 from cellseg.inference.pasting import masks_to_rles
 from cellseg.inference.prediction import as_tensor, detect, detections_to_records
 
@@ -182,9 +182,8 @@ def merge_views(
     records = make_records(0, labels, scores, rles)
     best_first = sorted(range(len(records)), key=lambda index: record_order(records[index]))
     owners = find_owners([records[index] for index in best_first], iou_threshold=iou_threshold)
-    kept, cell = np.unique(owners, return_inverse=True)
-    best_of_views = np.zeros((len(kept), len(seen)))
-    np.maximum.at(best_of_views, (cell, view[best_first]), np.array(scores)[best_first])
+    ranked = np.array(scores)[best_first]
+    kept, cell, best_of_views = cluster_scores(owners, view[best_first], ranked, len(seen))
     order = torch.tensor(best_first, dtype=torch.int64)
     return {
         "boxes": _means(together["boxes"][order], kept, cell),
