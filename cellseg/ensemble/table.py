@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from cellseg.coco import Record
+from cellseg.evaluation.pairs import positions_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,4 @@ class RecordTable:
     @cached_property
     def _rows_of(self) -> dict[int, np.ndarray]:
         """The records of each image, in the order given."""
-        order = np.argsort(self.image_ids, kind="stable")
-        ids, starts = np.unique(self.image_ids[order], return_index=True)
-        return dict(zip(ids.tolist(), np.split(order, starts)[1:], strict=True))
+        return positions_of(self.image_ids)

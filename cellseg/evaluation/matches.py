@@ -7,19 +7,17 @@ any choice of images is a few sums away. Order of ranks, ties and recall levels 
 pycocotools' `COCOeval`.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from cellseg.coco import Record
-from cellseg.overlap import MaskLine, box_neighbours
+from cellseg.evaluation.pairs import find_pairs
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-BATCH = 1000  # masks that are compared at once, and one image's more
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Candidates:
             truths=self.truths,
             image=image,
             starts=np.searchsorted(label, np.arange(len(self.category_ids) + 1)),
-            rank=_places(label * len(self.truths) + image),
+            rank=_ranks_within(label * len(self.truths) + image),
             found=found,
             ignored=~found & (self.crowd_share[ranked] >= limits),
         )
@@ -130,7 +128,9 @@ def find_candidates(truth: dict, records: Sequence[Record]) -> Candidates:
     cell_image = np.array([row_of[cell["image_id"]] for cell in cells], dtype=np.int64)
     truths = np.zeros((len(row_of), len(category_ids)), dtype=np.int64)
     np.add.at(truths, (cell_image, _labels(cells, category_ids)), 1)
-    record, cell, iou = _pairs(records, image, cells, cell_image)
+    record, cell, iou = find_pairs(
+        records, image, cells, cell_image, iou_threshold=IOU_THRESHOLDS[0], same_class=True
+    )
     return Candidates(
         category_ids=category_ids,
         truths=truths,
@@ -197,57 +197,12 @@ def _labels(entries: Sequence[dict], category_ids: np.ndarray) -> np.ndarray:
     return np.searchsorted(category_ids, ids)
 
 
-def _places(groups: np.ndarray) -> np.ndarray:
+def _ranks_within(groups: np.ndarray) -> np.ndarray:
     """Return for each element how many before it are of the same group, int64 [N]."""
     order = np.argsort(groups, kind="stable")
-    places = np.empty(len(groups), dtype=np.int64)
-    places[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
-    return places
-
-
-def _pairs(
-    records: Sequence[Record], image: np.ndarray, cells: list[dict], cell_image: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (record, cell, IoU) of the pairs of one image and class with IoU >= 0.5."""
-    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
-    for i, j in _batches(image, cells, cell_image):
-        entries = [*(records[k] for k in i.tolist()), *(cells[k] for k in j.tolist())]
-        masks = MaskLine.from_rles([entry["segmentation"] for entry in entries])
-        ids = [(entry["image_id"], entry["category_id"]) for entry in entries]
-        groups = np.unique(np.array(ids), axis=0, return_inverse=True)[1].reshape(-1)
-        first, second = box_neighbours(masks.boxes, groups)
-        possible = (first < len(i)) & (second >= len(i))
-        first, second = first[possible], second[possible]
-        possible = masks.iou_limits(first, second) >= IOU_THRESHOLDS[0]
-        first, second = first[possible], second[possible]
-        parts.append((i[first], j[second - len(i)], masks.ious(first, second)))
-    record, cell, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return record, cell, iou
-
-
-def _batches(
-    image: np.ndarray, cells: list[dict], cell_image: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (records, cells) of some images of one size, whose masks fit onto one line."""
-    of_image, of_cell_image = _rows(image), _rows(cell_image)
-    batches: dict[tuple, list[int]] = {}
-    held: Counter = Counter()
-    for row in of_image.keys() & of_cell_image.keys():
-        size = tuple(cells[of_cell_image[row][0]]["segmentation"]["size"])
-        batches.setdefault((size, held[size] // BATCH), []).append(row)
-        held[size] += len(of_image[row]) + len(of_cell_image[row])
-    for rows in batches.values():
-        yield tuple(np.concatenate([of[row] for row in rows]) for of in (of_image, of_cell_image))
-
-
-def _rows(image: np.ndarray) -> dict[int, np.ndarray]:
-    """Return for each image that occurs the positions of its entries, ascending."""
-    order = np.argsort(image, kind="stable")
-    rows, starts = np.unique(image[order], return_index=True)
-    ends = [*starts[1:], len(order)]
-    return {
-        row: order[start:end] for row, start, end in zip(rows.tolist(), starts, ends, strict=False)
-    }
+    ranks = np.empty(len(groups), dtype=np.int64)
+    ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
+    return ranks
 
 
 def _assign(

@@ -12,8 +12,8 @@ import numpy as np
 
 from cellseg.coco import Record
 from cellseg.evaluation.matches import Matches, average_precision, match_records
+from cellseg.evaluation.pairs import find_pairs
 from cellseg.evaluation.scores import Truth, check_fit
-from cellseg.overlap import MaskLine, box_neighbours
 
 FOUND_IOU = 0.5  # t_f of TIDE
 NEAR_IOU = 0.1  # t_b of TIDE: a record with less is on no cell
@@ -83,7 +83,10 @@ def find_overlaps(truth: Truth, records: Sequence[Record]) -> Overlaps:
     label, image = (_column(records, key) for key in ("category_id", "image_id"))
     score = np.array([record["score"] for record in records], dtype=float)
     cell_label = _column(cells, "category_id")
-    record, cell, iou = _near_pairs(cells, _column(cells, "image_id"), records, image)
+    cell_image = _column(cells, "image_id")
+    record, cell, iou = find_pairs(
+        records, image, cells, cell_image, iou_threshold=NEAR_IOU, same_class=False
+    )
     same = label[record] == cell_label[cell]
     own, own_iou = _most(record[same], cell[same], iou[same], len(records))
     other, other_iou = _most(record[~same], cell[~same], iou[~same], len(records))
@@ -141,35 +144,6 @@ def grouped_ap50(
 def _column(entries: Sequence[dict], key: str) -> np.ndarray:
     """Return one whole number of each entry, int64 [N]."""
     return np.array([entry[key] for entry in entries], dtype=np.int64)
-
-
-def _near_pairs(
-    cells: Sequence[dict], cell_image: np.ndarray, records: Sequence[Record], image: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (record, cell, IoU) of all pairs of one image whose mask IoU is 0.1 or more."""
-    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
-    in_image, in_cell_image = (_places(ids) for ids in (image, cell_image))
-    for image_id in in_image.keys() & in_cell_image.keys():
-        i, j = in_cell_image[image_id], in_image[image_id]
-        entries = [*(cells[k] for k in i.tolist()), *(records[k] for k in j.tolist())]
-        masks = MaskLine.from_rles([entry["segmentation"] for entry in entries])
-        first, second = box_neighbours(masks.boxes)
-        mixed = (first < len(i)) & (second >= len(i))
-        first, second = first[mixed], second[mixed]
-        possible = masks.iou_limits(first, second) >= NEAR_IOU
-        first, second = first[possible], second[possible]
-        iou = masks.ious(first, second)
-        near = iou >= NEAR_IOU
-        parts.append((j[second[near] - len(i)], i[first[near]], iou[near]))
-    record, cell, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return record, cell, iou
-
-
-def _places(ids: np.ndarray) -> dict[int, np.ndarray]:
-    """Return for each id the positions where it stands, ascending."""
-    order = np.argsort(ids, kind="stable")
-    names, starts = np.unique(ids[order], return_index=True)
-    return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def _most(

@@ -11,7 +11,8 @@ from cellseg import markdown
 from cellseg.coco import Record, group_by_image, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
 from cellseg.evaluation.matches import average_precision, match_records
-from cellseg.overlap import MaskLine, box_neighbours
+from cellseg.evaluation.pairs import pair_masks
+from cellseg.overlap import MaskLine
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
 AT_50, AT_75 = 0, 5  # of the ten IoUs
@@ -216,13 +217,7 @@ def confusion_matrix(
 def _match(cells: list[dict], records: list[Record], iou_threshold: float) -> np.ndarray:
     """Return for each record of one image, best first, the cell that it takes, or -1."""
     matched = np.full(len(records), -1, dtype=np.int64)
-    masks = MaskLine.from_rles([entry["segmentation"] for entry in [*cells, *records]])
-    cell, record = box_neighbours(masks.boxes)
-    mixed = (cell < len(cells)) & (record >= len(cells))
-    cell, record = cell[mixed], record[mixed] - len(cells)
-    iou = masks.ious(cell, record + len(cells))
-    enough = iou >= iou_threshold
-    cell, record, iou = cell[enough], record[enough], iou[enough]
+    record, cell, iou = pair_masks(records, cells, iou_threshold=iou_threshold)
     order = np.lexsort((cell, -iou, record))
     taken: set[int] = set()
     for k, c in zip(record[order].tolist(), cell[order].tolist(), strict=True):
