@@ -13,7 +13,7 @@ from benchmarks.stopwatch import Stopwatch
 from cellseg.data import CellDataset, TrainTransform, make_loaders, transforms
 from cellseg.data.tissue import make_tissue
 from cellseg.inference import prediction
-from cellseg.models import get_model_mobilenetv2, heads
+from cellseg.models import get_model_mobilenetv2, heads, rpn
 from cellseg.training import keeper
 from cellseg.training.session import Session
 
@@ -32,7 +32,7 @@ OWN_PARTS = (
     ("augmentation", TrainTransform, "__call__"),
     ("target building", transforms, "update_target"),
     ("target building", heads.CellRoIHeads, "select_training_samples"),
-    ("matching", heads.CellRPN, "assign_targets_to_anchors"),
+    ("matching", rpn.CellRPN, "assign_targets_to_anchors"),
     ("mask targets", heads, "sample_mask_targets"),
     ("logging", fit_module, "_train_epoch"),  # less all that is named here
     ("logging", keeper, "write_history"),
