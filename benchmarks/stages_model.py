@@ -103,10 +103,9 @@ def make_anchors(cells: int = 1000, side: int = 1000) -> AnchorInput:
         for cell_anchors, shape in zip(generator.cell_anchors, shapes, strict=True)
     ]
     kept = {"training": 2000, "testing": 2000}
-    plain, ours = (
-        network(generator, nn.Identity(), 0.7, 0.3, 256, 0.5, kept, kept, 0.7)
-        for network in (RegionProposalNetwork, CellRPN)
-    )
+    parts = (generator, nn.Identity(), 0.7, 0.3, 256, 0.5)
+    plain = RegionProposalNetwork(*parts, kept, kept, 0.7)
+    ours = CellRPN(*parts, nms_thresh=0.7, train_proposals=2000, proposals=2000)
     target = {"boxes": cells_on_grid(cells, side)[1], "anchor_grids": grids}
     return AnchorInput(anchors, target, plain, ours)
 

@@ -127,7 +127,7 @@ def test_the_whole_way_from_sample_to_submission(tmp_path):
     ("given", "message"),
     [
         ("cascade", "--set cascade: write it as key=value"),
-        ("crop=3", "nothing takes the setting 'crop'; there are .*cascade.*views"),
+        ("crop=3", "nothing takes the setting 'crop'; use one of .*cascade.*views"),
         ("seed=3", "--set seed: it has an option of its own, --seed"),
         ("save_every=3", "it has an option of its own, --save-minutes"),
     ],

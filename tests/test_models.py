@@ -103,7 +103,7 @@ def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
 def test_one_mask_for_whatever_class_is_an_option():
     model = tiny_model(4, class_masks=False, score_threshold=0.0).train()
     assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 1
-    squares = [(1, 4, 5, 24, 25), (3, 30, 8, 60, 40)]
+    squares = [(1, 4, 5, 24, 25), (2, 30, 8, 60, 40)]
     losses_of(model, make_image(HEIGHT, WIDTH, squares), make_target(HEIGHT, WIDTH, squares))[
         "loss_mask"
     ].backward()

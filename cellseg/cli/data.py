@@ -71,13 +71,13 @@ def audit(
     from cellseg.data import audit as audit_dataset
     from cellseg.report import check_figure_path, plot_audit, save_figure
 
-    dataset = CellDataset(train_dir, class_names=pick_names(class_names, train_dir))
-    sides = _read_sides(dataset, read_ids(val_ids), run)
     if run is not None and leaks_figure is None:
         leaks_figure = run / "figures" / "leaks.png"
     for path in filter(None, (figure, leaks_figure)):
         check_figure_path(path)
         check_writable(path)
+    dataset = CellDataset(train_dir, class_names=pick_names(class_names, train_dir))
+    sides = _read_sides(dataset, read_ids(val_ids), run)
     found = audit_dataset(dataset, progress=True)
     typer.echo(found.table())
     if figure is not None:
