@@ -184,7 +184,14 @@ def test_where_annotations_overlap_the_first_keeps_the_pixel():
     assert score_nuclei(truth, records, score_threshold=0.5).pooled.pq == 1.0
 
 
-def test_the_chosen_cut_has_the_best_pq_and_ties_give_the_smallest():
+def test_the_chosen_cut_weighs_pq_and_aji():
+    truth = truth_of([(1, LEFT), (1, RIGHT)])
+    records = [record(1, 0.8, LEFT), record(1, 0.3, (60, 3, 64, 13))]
+    # With the part of the right cell PQ is 1 / 2 and AJI 140 / 200; without 2 / 3 and 100 / 200.
+    assert choose_score_threshold(truth, records) == 0.05
+
+
+def test_ties_of_the_chosen_cut_give_the_smallest():
     truth = truth_of([(1, LEFT)])
     records = [record(1, 0.8, LEFT), record(1, 0.3, RIGHT)]
     # Above 0.3 the false record is gone, up to 0.8 the true one stays.
