@@ -217,7 +217,8 @@ class CellRoIHeads(RoIHeads):
             image_shapes: (height, width) of each image in network pixels.
         """
         counts = [len(boxes) for boxes in proposals]
-        boxes = self.box_coder.decode(box_regression, proposals).split(counts)
+        boxes = self.box_coder.decode(box_regression, proposals)
+        boxes = boxes.reshape(*class_logits.shape, 4).split(counts)  # none have no shape of theirs
         scores = class_logits.softmax(dim=-1).split(counts)
         found = map(self._best_detections, boxes, scores, image_shapes)
         return tuple(map(list, zip(*found, strict=True)))

@@ -73,7 +73,7 @@ class DetectorOptions:
     mask_layers: int = 4
     class_masks: bool = True
     train_proposals: int = 1000
-    proposals: int = 4000
+    proposals: int = 2000
     detections_per_image: int = 2500
     cascade: bool = False
     mask_quality: float = 0.0

@@ -97,8 +97,10 @@ class CellRPN(RegionProposalNetwork):
             best = _best_of_levels(logits, num_anchors_per_level, most)
             boxes, scores = clip_boxes_to_image(boxes[best], shape), logits[best].sigmoid()
             large = remove_small_boxes(boxes, self.min_size)
-            boxes, scores = boxes[large], scores[large]
-            kept = batched_nms(boxes, scores, levels[best][large], self.nms_thresh)[:most]
+            boxes, scores, level = boxes[large], scores[large], levels[best][large]
+            likely = scores >= self.score_thresh
+            boxes, scores, level = boxes[likely], scores[likely], level[likely]
+            kept = batched_nms(boxes, scores, level, self.nms_thresh)[:most]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 
