@@ -34,12 +34,12 @@ from benchmarks.held_tissue import (
     weights_file,
 )
 from benchmarks.memory import run_alone
-from benchmarks.our_recipe import LAPTOP, Training, our_predictor, train_ours
+from benchmarks.our_recipe import LAPTOP, Training, our_predictor, remade_model, train_ours
 from benchmarks.run import FOLDER, machine, read_earlier, today
 from benchmarks.section import markdown_table
 from cellseg.errors import CellsegError, SettingsError
 from cellseg.files import read_json, write_atomically
-from cellseg.training import load_model
+from cellseg.models import DetectorOptions
 
 MINUTES, THREADS = 45.0, 2
 WORKERS = 1  # that read ahead, of both sides
@@ -119,8 +119,9 @@ def train_package(
 
 
 def load_package(data: Path, folder: Path, settings: Settings) -> Predictor:
-    """Return what predicts with the weights of the package's recipe."""
-    return our_predictor(settings, load_model(folder / "run" / "last.pt"))
+    """Return what predicts with the weights of the package's recipe, as today's default does."""
+    options = {"proposals": DetectorOptions().proposals}
+    return our_predictor(settings, remade_model(folder / "run" / "last.pt", options))
 
 
 SIDES = {

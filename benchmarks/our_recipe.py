@@ -13,8 +13,9 @@ from cellseg import presets
 from cellseg.coco import Record
 from cellseg.data import CellDataset, SampleImages, TrainTransform, make_loaders
 from cellseg.inference import predict_images
+from cellseg.models import build_from_spec
 from cellseg.presets import pick_builder, resolve_sizes
-from cellseg.training import fit, open_run, read_history
+from cellseg.training import fit, open_run, read_checkpoint, read_history
 
 LAPTOP: dict[str, Any] = presets.preset("laptop") | {"train_on": "tiles"}
 """Settings of a preset, and `train_on`: the training tiles whole, or as their pieces."""
@@ -122,6 +123,16 @@ def train_recipe(
     for _ in fit(model, *loaders, run_dir=run.path, **options):
         pass
     return run.path
+
+
+def remade_model(checkpoint: Path, overrides: dict[str, Any]) -> nn.Module:
+    """Return the averaged model of a checkpoint, with some of the builder's options changed."""
+    content = read_checkpoint(checkpoint)
+    spec = content["spec"]
+    arguments = spec["arguments"] | group_settings(overrides)["builder"]
+    model = build_from_spec(spec | {"arguments": arguments})
+    model.load_state_dict(content["ema"])
+    return model.eval()
 
 
 def our_predictor(

@@ -49,13 +49,12 @@ from benchmarks.held_tissue import (
     tile_differences,
     weights_file,
 )
-from benchmarks.our_recipe import LAPTOP, group_settings, our_predictor, train_ours
+from benchmarks.our_recipe import LAPTOP, group_settings, our_predictor, remade_model, train_ours
 from cellseg.coco import write_records
 from cellseg.ensemble import ensemble_files
 from cellseg.errors import CellsegError, SettingsError
-from cellseg.models import build_from_spec
 from cellseg.presets import read_overrides
-from cellseg.training import load_model, read_checkpoint
+from cellseg.training import load_model
 
 fit_module = importlib.import_module("cellseg.training.fit")  # `cellseg.training.fit` is `fit`
 KEEP = Path("scratch")
@@ -79,16 +78,6 @@ def screened_recipe(overrides: dict[str, Any], minutes: float) -> dict[str, Any]
     budget = {"time_budget": None if overrides.get("epochs") else minutes * 60}
     group_settings(overrides)
     return LAPTOP | {"workers": 0} | budget | overrides
-
-
-def remade_model(checkpoint: Path, overrides: dict[str, Any]) -> nn.Module:
-    """Return the averaged model of a checkpoint, with some of the builder's options changed."""
-    content = read_checkpoint(checkpoint)
-    spec = content["spec"]
-    arguments = spec["arguments"] | group_settings(overrides)["builder"]
-    model = build_from_spec(spec | {"arguments": arguments})
-    model.load_state_dict(content["ema"])
-    return model.eval()
 
 
 def screen(
