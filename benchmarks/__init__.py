@@ -10,7 +10,7 @@ What it costs, in time and memory:
 How good it is, on real tissue (CELLSEG_DATA) or made sets:
 
 - `accuracy` (`make bench-accuracy`) writes accuracy.json: `our_recipe` beside `course_recipe`, both
-  on `held_tissue`, whose tiles `consep_ids` tells apart;
+  on `held_tissue`, whose tiles `consep_ids` tells apart; `published_report` makes report.pdf of it;
 - `screen` tries one lever of the recipe, `optimism` what a split promises, `groups_on_tissue` what
   leaks, `made_sets` other tissue, `sample_baseline` the made tissue without learning.
 
