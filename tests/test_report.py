@@ -266,7 +266,7 @@ def test_settings_of_prediction_are_told(tmp_path):
     run_dir = write_run(tmp_path / "run", settings=SETTINGS | {"prediction": looks})
     text = read_text(build_report(run_dir))
     assert "looks at an image, in validation as at the test" in text
-    assert "views turns d4 at test" in text and "mask threshold 0.5 a pixel is" in text
+    assert "views turns at test: d4" in text and "mask threshold 0.5 a pixel is" in text
 
 
 def test_every_setting_of_a_run_has_a_reason():
