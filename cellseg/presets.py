@@ -41,7 +41,7 @@ TABLE: tuple[tuple[str, Any, Any, Any, str], ...] = (
     ("epochs", 24, None, 60, "peers' gains level off after 50"),
     ("time_budget", 360, 2700, None, "seconds, after which the schedule has come to its end"),
     ("validate_every", 8, 4, 2, "epochs; a validation costs as much as an epoch on a CPU"),
-    ("views", "plain", "d4", "d4", "at test: d4 +0.09 AP50 for 8 times the time, turns +0.08 for 4"),
+    ("views", "plain", "d4", "d4", "at test: d4 +0.09 AP50 for 8 times the time; turns +0.08, 4"),
 )
 OWN = ("backbone", "weights", "network_size")
 """Settings that no function takes by these names."""
