@@ -40,6 +40,7 @@ from benchmarks.section import markdown_table
 from cellseg.errors import CellsegError, SettingsError
 from cellseg.files import read_json, write_atomically
 from cellseg.models import DetectorOptions
+from cellseg.presets import PREDICTION
 
 MINUTES, THREADS = 45.0, 2
 WORKERS = 1  # that read ahead, of both sides
@@ -168,9 +169,16 @@ def train_side(
 
 
 def predict_side(side: str, data: Path, folder: Path, threads: int) -> None:
-    """Write the records of one side with the weights that `train_side` kept; for a new process."""
+    """Write the records of one side with the weights that `train_side` kept; for a new process.
+
+    The settings of prediction in `training.json` become today's.
+    """
     hold_to_cores(threads)
-    predict_examined(SIDES[side].load(data, folder, SIDES[side].settings), data, folder)
+    settings = SIDES[side].settings
+    predict_examined(SIDES[side].load(data, folder, settings), data, folder)
+    about = read_json(folder / "training.json")
+    about["settings"] |= {name: settings[name] for name in PREDICTION if name in settings}
+    write_atomically(folder / "training.json", dumps(about, indent=1) + "\n")
 
 
 def hold_to_cores(threads: int) -> None:

@@ -269,6 +269,14 @@ def test_settings_of_prediction_are_told(tmp_path):
     assert "views turns at test: d4" in text and "mask threshold 0.5 a pixel is" in text
 
 
+@pytest.mark.parametrize("path", ["/home/me/secret/own.pth", r"C:\Users\me\secret\own.pth"])
+def test_the_folder_of_weights_is_not_told(path, tmp_path):
+    model = {"builder": "get_model_resnet50v2", "arguments": {"weights": path}}
+    run_dir = write_run(tmp_path / "run", settings=SETTINGS | {"model": model})
+    text = read_text(build_report(run_dir))
+    assert "own.pth" in text and "secret" not in text
+
+
 def test_every_setting_of_a_run_has_a_reason():
     functions = (TrainTransform, make_loaders, fit)
     parameters = [p for made in functions for p in inspect.signature(made).parameters.values()]

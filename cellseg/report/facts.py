@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from cellseg.errors import DataError
@@ -131,9 +131,9 @@ def _settings(settings: Mapping[str, Any], data_set: str) -> Facts:
         "parameters": f"{_number(parameters, 'trainable_parameters') / 1e6:.1f} million"
         if parameters
         else "",
-        "model": _explained(arguments),
+        "model": _explained(_without_folder(arguments)),
         "scale": _as_text(arguments["image_scale"]) if "image_scale" in arguments else "",
-        "recipe": _explained(recipe),
+        "recipe": _explained(_without_folder(recipe)),
         "prediction": _explained(settings.get("prediction") or {}),
         "seed": _as_text(settings.get("seed")),
         "device": "the CPU" if device == "cpu" else device,
@@ -277,6 +277,14 @@ def _explained(settings: Mapping[str, Any]) -> Facts:
         "explained": [[words, value, REASONS[k]] for k, words, value in pairs if k in REASONS],
         "others": [[words, value] for k, words, value in pairs if k not in REASONS],
     }
+
+
+def _without_folder(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings in which a file of weights has its name alone: its folder is a machine's."""
+    weights = settings.get("weights")
+    if not isinstance(weights, str):
+        return settings
+    return {**settings, "weights": PureWindowsPath(weights).name}  # knows both kinds of slash
 
 
 def _names(values: Any) -> list[str]:
