@@ -1,6 +1,7 @@
 """Commands that predict, score, merge and report."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,44 +22,47 @@ from cellseg.errors import SettingsError
 from cellseg.files import check_writable
 
 if TYPE_CHECKING:
-    from cellseg.data import TestDataset
+    from cellseg.data import SampleImages, TestDataset
+
+# What `predict` takes
+ReleaseDir = Annotated[Path | None, option("Release whose test images are segmented.")]
+SampleDir = Annotated[Path | None, option("Or: a folder of annotated samples to segment.")]
+ImageFile = Annotated[Path | None, option("Or: one image file, however large; its image_id is 1.")]
+HeldOut = Annotated[
+    bool, typer.Option("--held-out", help="Of --train-dir only what the run held out.")
+]
+Views = Annotated[
+    str | None,
+    option("Mirrored and turned views, merged: plain (1), flips (4), turns (4) or d4 (8)."),
+]
+Scales = Annotated[
+    list[float] | None,
+    option("Scale of the views, 1 is the image's own; may be given several times."),
+]
+TileSize = Annotated[
+    int | None, option("Side of a tile, image pixels; default: only large images are tiled.")
+]
+Overlap = Annotated[int | None, option("Overlap of tiles, image pixels; larger than any cell.")]
+MaskThreshold = Annotated[
+    float | None, option("Probability above which a pixel belongs to the cell.")
+]
 
 
 @app.command()
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A run's best.pt or last.pt.")],
     output: Annotated[Path, typer.Argument(help="Result file to write, .json.")],
-    release: Annotated[
-        Path | None, typer.Option(help="Release whose test images are segmented.")
-    ] = None,
-    train_dir: Annotated[
-        Path | None, typer.Option(help="Or: a folder of annotated samples to segment.")
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="Or: one image file, however large; its image_id is 1.")
-    ] = None,
+    release: ReleaseDir = None,
+    train_dir: SampleDir = None,
+    image: ImageFile = None,
     ids: Ids = None,
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Of --train-dir only what the run held out.")
-    ] = False,
-    views: Annotated[
-        str | None,
-        option("Mirrored and turned views, merged: plain (1), flips (4), turns (4) or d4 (8)."),
-    ] = None,
-    scale: Annotated[
-        list[float] | None,
-        option("Scale of the views, 1 is the image's own; may be given several times."),
-    ] = None,
-    tile_size: Annotated[
-        int | None, option("Side of a tile, image pixels; default: only large images are tiled.")
-    ] = None,
-    overlap: Annotated[
-        int | None, option("Overlap of tiles, image pixels; larger than any cell.")
-    ] = None,
+    held_out: HeldOut = False,
+    views: Views = None,
+    scale: Scales = None,
+    tile_size: TileSize = None,
+    overlap: Overlap = None,
     score_threshold: Annotated[float | None, option("Drop cells of lower scores, 0-1.")] = None,
-    mask_threshold: Annotated[
-        float | None, option("Probability above which a pixel belongs to the cell.")
-    ] = None,
+    mask_threshold: MaskThreshold = None,
     swapped: Annotated[bool, typer.Option(help="Red and blue of --image are exchanged.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on where an earlier --image was stopped.")
@@ -71,9 +75,8 @@ def predict(
     records out of fold were made; outside a run's folder the defaults stand.
     """
     from cellseg.coco import write_records
-    from cellseg.data import CellDataset, SampleImages
     from cellseg.inference import predict_file, predict_images
-    from cellseg.training import load_model, pick_device, read_held
+    from cellseg.training import load_model, pick_device
 
     if sum(source is not None for source in (release, train_dir, image)) != 1:
         raise SettingsError(
@@ -95,14 +98,24 @@ def predict(
         return
     if release is not None:
         images = _test_images(release, model.channel_order)
-    elif held_out:
-        images = SampleImages(read_held(checkpoint.parent).dataset(train_dir))
     else:
-        samples = CellDataset(train_dir, class_names=model.class_names, sample_ids=read_ids(ids))
-        images = SampleImages(samples)
+        run_dir = checkpoint.parent if held_out else None
+        images = _sample_images(train_dir, model.class_names, read_ids(ids), run_dir)
     records = predict_images(model, images, **options)
     write_records(output, records)
     typer.echo(f"{len(records)} cells in {len(images)} images: {output}")
+
+
+def _sample_images(
+    train_dir: Path, class_names: Sequence[str], ids: list[str] | None, run_dir: Path | None
+) -> "SampleImages":
+    """Return annotated samples as images: what a run held out, else those with the ids."""
+    from cellseg.data import CellDataset, SampleImages
+    from cellseg.training import read_held
+
+    if run_dir is not None:
+        return SampleImages(read_held(run_dir).dataset(train_dir))
+    return SampleImages(CellDataset(train_dir, class_names=class_names, sample_ids=ids))
 
 
 def _test_images(release: Path, channel_order: str) -> "TestDataset":

@@ -43,87 +43,96 @@ class Split(NamedTuple):
     groups: dict[str, int] | None
 
 
+# What `train` takes
+PresetName = Annotated[
+    str, typer.Option(help="Recipe: quick, laptop or gpu; auto takes gpu where there is one.")
+]
+BackboneName = Annotated[str | None, option("Such as mobilenetv2, resnet50v2 or convnext_tiny.")]
+Weights = Annotated[
+    str | None, option("Pretrained weights: DEFAULT, COCO, IMAGENET, a file, or none.")
+]
+ImageScale = Annotated[
+    str | None, option("Network pixels per image pixel; auto: from the cells' size.")
+]
+CropSize = Annotated[
+    int | None, option("Side of a training crop, image pixels; instead of --network-size.")
+]
+RoisPerImage = Annotated[int | None, option("Proposals per crop that the heads learn from.")]
+Precision = Annotated[str | None, option("Number format: auto, float32, bfloat16 or float16.")]
+OtherSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, such as cascade=true or scale_range=[0.8,1.25]; may be given "
+        "several times. An unknown key is refused with a list of those that there are.",
+        show_default=False,
+    ),
+]
+ValIds = Annotated[
+    str | None,
+    option("Samples to hold out: folder names with commas between, or a file of one a line."),
+]
+ValFraction = Annotated[
+    float, typer.Option(help="Without --val-ids: share of the data to hold out.")
+]
+GroupsBy = Annotated[
+    str,
+    typer.Option(
+        help="Images that are held out together or not at all: alike (those of one slide, as "
+        "far as their pixels tell: 17 s for 209 images) or random (none)."
+    ),
+]
+TrainOnAll = Annotated[
+    bool, typer.Option(help="After --folds: train one more model, on every image.")
+]
+RunName = Annotated[
+    str | None, option("Name of the run's folder; default: the backbone and a hash.")
+]
+OnChange = Annotated[
+    str, typer.Option(help="If a run of that name has other settings: refuse or continue.")
+]
+SaveMinutes = Annotated[float, typer.Option(help="Minutes between saves within an epoch.")]
+KeepCheckpoints = Annotated[
+    int, typer.Option(help="Number of latest epochs to keep as epoch_<n>.pt, beside last.pt.")
+]
+Tracker = Annotated[str, typer.Option(help="What else to log to: none or tensorboard.")]
+Cache = Annotated[bool, typer.Option(help="Keep decoded samples in cache/ in the folder of runs.")]
+
+
 @app.command()
 def train(
     train_dir: TrainDir,
-    preset: Annotated[
-        str, typer.Option(help="Recipe: quick, laptop or gpu; auto takes gpu where there is one.")
-    ] = "auto",
-    backbone: Annotated[
-        str | None, option("Such as mobilenetv2, resnet50v2 or convnext_tiny.")
-    ] = None,
-    weights: Annotated[
-        str | None, option("Pretrained weights: DEFAULT, COCO, IMAGENET, a file, or none.")
-    ] = None,
-    image_scale: Annotated[
-        str | None, option("Network pixels per image pixel; auto: from the cells' size.")
-    ] = None,
+    preset: PresetName = "auto",
+    backbone: BackboneName = None,
+    weights: Weights = None,
+    image_scale: ImageScale = None,
     network_size: Annotated[int | None, option("Side of a training crop, network pixels.")] = None,
-    crop_size: Annotated[
-        int | None, option("Side of a training crop, image pixels; instead of --network-size.")
-    ] = None,
+    crop_size: CropSize = None,
     batch_size: Annotated[int | None, option("Training crops per step.")] = None,
     fpn_channels: Annotated[int | None, option("Channels of FPN, RPN and mask head.")] = None,
     head_width: Annotated[int | None, option("Units of the box head.")] = None,
-    rois_per_image: Annotated[
-        int | None, option("Proposals per crop that the heads learn from.")
-    ] = None,
+    rois_per_image: RoisPerImage = None,
     learning_rate: Annotated[float | None, option("Peak learning rate.")] = None,
     epochs: Annotated[int | None, option("Passes over the training images.")] = None,
     minutes: Annotated[float | None, option("Minutes of training.")] = None,
     validate_every: Annotated[int | None, option("Epochs from one validation to the next.")] = None,
-    precision: Annotated[
-        str | None, option("Number format: auto, float32, bfloat16 or float16.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any other setting, such as cascade=true or scale_range=[0.8,1.25]; may be given "
-            "several times. An unknown key is refused with a list of those that there are.",
-            show_default=False,
-        ),
-    ] = None,
-    val_ids: Annotated[
-        str | None,
-        option("Samples to hold out: folder names with commas between, or a file of one a line."),
-    ] = None,
-    val_fraction: Annotated[
-        float, typer.Option(help="Without --val-ids: share of the data to hold out.")
-    ] = 0.2,
-    groups: Annotated[
-        str,
-        typer.Option(
-            help="Images that are held out together or not at all: alike (those of one slide, as "
-            "far as their pixels tell: 17 s for 209 images) or random (none)."
-        ),
-    ] = "alike",
+    precision: Precision = None,
+    settings: OtherSettings = None,
+    val_ids: ValIds = None,
+    val_fraction: ValFraction = 0.2,
+    groups: GroupsBy = "alike",
     folds: Annotated[int, option("Cross-validation with this many folds.")] = 0,
-    train_on_all: Annotated[
-        bool, typer.Option(help="After --folds: train one more model, on every image.")
-    ] = False,
+    train_on_all: TrainOnAll = False,
     class_names: Names = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, option("Name of the run's folder; default: the backbone and a hash.")
-    ] = None,
-    on_change: Annotated[
-        str, typer.Option(help="If a run of that name has other settings: refuse or continue.")
-    ] = "refuse",
-    save_minutes: Annotated[
-        float, typer.Option(help="Minutes between saves within an epoch.")
-    ] = 10,
-    keep_checkpoints: Annotated[
-        int, typer.Option(help="Number of latest epochs to keep as epoch_<n>.pt, beside last.pt.")
-    ] = 0,
-    tracker: Annotated[
-        str, typer.Option(help="What else to log to: none or tensorboard.")
-    ] = "none",
+    name: RunName = None,
+    on_change: OnChange = "refuse",
+    save_minutes: SaveMinutes = 10,
+    keep_checkpoints: KeepCheckpoints = 0,
+    tracker: Tracker = "none",
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
-    cache: Annotated[
-        bool, typer.Option(help="Keep decoded samples in cache/ in the folder of runs.")
-    ] = True,
+    cache: Cache = True,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -151,9 +160,8 @@ def train(
         "epochs": epochs, "time_budget": None if minutes is None else minutes * 60,
         "learning_rate": learning_rate, "validate_every": validate_every, "precision": precision,
     }  # fmt: skip
-    given = {key: value for key, value in named.items() if value is not None}
     chosen = presets.pick_preset(device) if preset == "auto" else preset
-    recipe = presets.override(presets.preset(chosen), given | _read_settings(settings or []))
+    recipe = _override(chosen, named, settings or [])
     _check_split(groups, folds, val_ids, train_on_all)
     with join_ranks(device) as ranks:
         ranks.from_first(partial(check_writable, runs_dir / (name or ""), folder=True))
@@ -168,30 +176,41 @@ def train(
         sized = dataset.subset(split.train_ids) if split else dataset
         recipe = ranks.from_first(partial(presets.resolve_sizes, recipe, sized))
         parts = presets.group_settings(recipe)
-        build = partial(
-            presets.pick_builder(recipe["backbone"]),
-            dataset.num_classes,
-            weights=None if recipe["weights"] == "none" else recipe["weights"],
-            seed=seed,
-            **parts["builder"],
-        )
+        build = _builder(recipe, dataset.num_classes, seed)
         options = {
-            "device": device, "seed": seed, "save_every": save_minutes * 60,
-            "keep_checkpoints": keep_checkpoints, "tracker": tracker, "ranks": ranks,
+            "on_change": on_change, "workers": workers, "device": device, "seed": seed,
+            "save_every": save_minutes * 60, "keep_checkpoints": keep_checkpoints,
+            "tracker": tracker, "ranks": ranks,
         }  # fmt: skip
         if ranks.first:
             typer.echo(f"preset {chosen}: {recipe}")
         with exit_on_signal(ranks.first):
-            if folds:
-                _train_folds(
-                    build, dataset, parts, folds, runs_dir, name,
-                    train_on_all=train_on_all, on_change=on_change, workers=workers, **options,
-                )  # fmt: skip
+            if split is None:
+                options["train_on_all"] = train_on_all
+                _train_folds(build, dataset, parts, folds, runs_dir, name, **options)
             else:
-                _train_once(
-                    build, dataset, split, parts, runs_dir, name,
-                    on_change=on_change, workers=workers, **options,
-                )  # fmt: skip
+                _train_once(build, dataset, split, parts, runs_dir, name, **options)
+
+
+def _override(preset: str, named: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Return a preset's recipe, in which named options (not None) and `--set` win."""
+    from cellseg import presets
+
+    given = {key: value for key, value in named.items() if value is not None}
+    return presets.override(presets.preset(preset), given | _read_settings(settings))
+
+
+def _builder(recipe: dict[str, Any], num_classes: int, seed: int) -> Callable[[], "nn.Module"]:
+    """Return what builds the model of a recipe."""
+    from cellseg import presets
+
+    return partial(
+        presets.pick_builder(recipe["backbone"]),
+        num_classes,
+        weights=None if recipe["weights"] == "none" else recipe["weights"],
+        seed=seed,
+        **presets.group_settings(recipe)["builder"],
+    )
 
 
 @app.command("train-launched", hidden=True)
