@@ -132,11 +132,13 @@ def fit(
         CheckpointError: if `last.pt` is damaged or belongs to another model.
         SettingsError: if a setting cannot work.
     """
+    steps = {
+        "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup,
+        "clip_norm": clip_norm, "ema_decay": ema_decay, "accumulate": accumulate, "seed": seed,
+    }  # fmt: skip
     _check(
-        resume, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
-        clip_norm=clip_norm, ema_decay=ema_decay, accumulate=accumulate,
-        validate_every=validate_every, probe_images=probe_images, save_every=save_every,
-        keep_checkpoints=keep_checkpoints, seed=seed,
+        resume, **steps, validate_every=validate_every, probe_images=probe_images,
+        save_every=save_every, keep_checkpoints=keep_checkpoints,
     )  # fmt: skip
     with (
         nullcontext(ranks) if ranks is not None else join_ranks(device) as ranks,
@@ -147,16 +149,10 @@ def fit(
             model,
             batches_per_epoch=len(train_loader),
             length=TrainingLength(epochs, time_budget),
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            clip_norm=clip_norm,
-            ema_decay=ema_decay,
-            accumulate=accumulate,
             device=where,
             dtype=pick_precision(where, precision),
-            seed=seed,
             ranks=ranks,
+            **steps,
         )
         keeper = StateKeeper(Path(run_dir), session, save_every, keep_checkpoints)
         keeper.resume(resume)
