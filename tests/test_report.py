@@ -213,7 +213,7 @@ def test_evaluated_run_shows_intervals_errors_and_what_costs_most(tmp_path):
 
 def test_intervals_by_groups_are_called_so(tmp_path):
     run_dir = evaluate(tmp_path / "run", (2, 1, 0), groups={1: "x", 2: "x", 3: "y"})
-    assert "1,000 draws of 2 groups of the 3 validation images" in read_text(build_report(run_dir))
+    assert "1,000 draws of 2 groups of 3 images" in read_text(build_report(run_dir))
 
 
 @pytest.mark.parametrize("tissue", [True, False])
@@ -321,7 +321,7 @@ def test_evaluation_of_a_run_writes_all_that_its_report_looks_for(tmp_path):
     assert read_records(run_dir / "validation.json") == sort_records(records)
     report = build_report(run_dir)
     assert "folder holds no" not in read_text(report)
-    assert "1,000 draws of 2 groups of the 3 validation images" in read_text(report)
+    assert "1,000 draws of 2 groups of 3 images" in read_text(report)
 
 
 def test_report_without_tissue_is_small(tmp_path):

@@ -193,11 +193,12 @@ def _scores(scores: Mapping[str, Any]) -> Facts:
         return {"name": name, "value": value, "interval": low and high and f"{low}–{high}"}
 
     images, groups = (scores.get(key) for key in ("images", "groups"))
-    unit = f"{groups} groups of the {images} validation images" if groups else f"{images} images"
+    unit = f"{groups} groups of {images} images" if groups else f"{images} images"
     return {
         "ap": [row(key) for key in AP_SHOWN if key in scores],
         "nuclei": [row(key) for key in NUCLEI_NAMES if key in intervals],
         "by_class": _by_class(scores),
+        "images": f"{images} images" if images else "the validation images",
         "drawn": unit if intervals else "",
         "cut": _as_text(scores.get("nuclei_score_threshold")),
     }
