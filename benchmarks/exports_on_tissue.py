@@ -27,7 +27,8 @@ from cellseg.coco import Record, group_by_image, rle_area
 from cellseg.data import CellDataset
 from cellseg.errors import CellsegError
 from cellseg.evaluation import dataset_truth
-from cellseg.exports import (
+from cellseg.files import read_json
+from cellseg.interchange import (
     cells_by_picture,
     import_coco,
     pictures_of_samples,
@@ -37,7 +38,6 @@ from cellseg.exports import (
     write_labels,
     write_morphometry,
 )
-from cellseg.files import read_json
 from cellseg.overlap import neighbour_ious
 from cellseg.submission import check_submission, write_submission
 

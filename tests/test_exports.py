@@ -20,13 +20,13 @@ from skimage.measure import label as connected_pieces
 from skimage.measure import regionprops_table
 from typer.testing import CliRunner
 
-from cellseg import cli, exports
+from cellseg import cli, interchange
 from cellseg.coco import make_records, mask_to_rle, rle_to_mask, write_records
 from cellseg.data import CellDataset, find_release, make_sample_release, read_sample
 from cellseg.data.release import INDEX_NAME
 from cellseg.errors import DataError, SettingsError
 from cellseg.evaluation import dataset_truth
-from cellseg.exports import masks, storing
+from cellseg.interchange import masks, storing
 from cellseg.overlap import MaskLine
 
 SIZE = (6, 9)  # height, width
@@ -68,7 +68,7 @@ def read_masks(sample, class_names=("spindle", "round")):
 
 def import_one(tmp_path, annotations, **keys):
     """Import a set of one image; return what was imported and the cells read back."""
-    imported = exports.import_coco(*write_set(tmp_path, annotations, **keys), tmp_path / "out")
+    imported = interchange.import_coco(*write_set(tmp_path, annotations, **keys), tmp_path / "out")
     return imported, read_masks(tmp_path / "out" / "train" / "a")
 
 
@@ -125,12 +125,12 @@ def test_masks_survive_out_and_in_however_they_overlap(tmp_path_factory, drawn):
     labels = [label for label, _ in given_cells.values()]
     rles = [mask_to_rle(mask) for _, mask in given_cells.values()]
     path = write_png(folder / "a.png", plain_image(*SIZE))
-    pictures = exports.list_pictures(path)
+    pictures = interchange.list_pictures(path)
     records = make_records(1, labels, np.linspace(1, 0.5, len(labels)), rles)
-    cells = exports.cells_by_picture(pictures, records)
+    cells = interchange.cells_by_picture(pictures, records)
 
-    exports.write_coco(folder / "out.json", pictures, cells, ["one", "two"])
-    exports.import_coco(folder / "out.json", folder, folder / "in")
+    interchange.write_coco(folder / "out.json", pictures, cells, ["one", "two"])
+    interchange.import_coco(folder / "out.json", folder, folder / "in")
 
     found = read_masks(folder / "in" / "train" / "a", ["one", "two"])
     order = np.argsort(labels, kind="stable")
@@ -143,9 +143,9 @@ def test_coco_out_is_what_pycocotools_reads(tmp_path):
     truth = {1: mask_of((0, 0, 2, 3)) * 4 + mask_of((5, 2, 9, 6)) * 9, 2: mask_of((3, 0, 4, 1)) * 1}
     write_sample(tmp_path / "train" / "a", plain_image(*SIZE), truth)
     dataset = CellDataset(tmp_path / "train", class_names=("one", "two"))
-    pictures = exports.pictures_of_samples(dataset)
-    cells = exports.cells_by_picture(pictures, dataset_truth(dataset)["annotations"])
-    exports.write_coco(tmp_path / "out.json", pictures, cells, dataset.class_names)
+    pictures = interchange.pictures_of_samples(dataset)
+    cells = interchange.cells_by_picture(pictures, dataset_truth(dataset)["annotations"])
+    interchange.write_coco(tmp_path / "out.json", pictures, cells, dataset.class_names)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(tmp_path / "out.json")
     assert coco.imgs == {1: {"id": 1, "file_name": "a/image.tif", "height": 6, "width": 9}}
@@ -153,7 +153,7 @@ def test_coco_out_is_what_pycocotools_reads(tmp_path):
     assert [ann["area"] for ann in coco.anns.values()] == [6, 16, 1]
     assert coco.anns[2]["bbox"] == [5, 2, 4, 4] and "score" not in coco.anns[2]
     assert np.array_equal(coco.annToMask(coco.anns[2]), mask_of((5, 2, 9, 6)))
-    imported = exports.import_coco(tmp_path / "out.json", tmp_path / "train", tmp_path / "in")
+    imported = interchange.import_coco(tmp_path / "out.json", tmp_path / "train", tmp_path / "in")
     assert imported.cells == [2, 1]
 
 
@@ -187,7 +187,7 @@ def test_an_image_without_cells_is_a_negative_and_jpegs_become_tiffs(tmp_path):
     path, images = write_set(tmp_path, [], names=("a.png", "b.jpg"))
     noise = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
     Image.fromarray(noise).save(images / "b.jpg")
-    imported = exports.import_coco(path, images, tmp_path / "out")
+    imported = interchange.import_coco(path, images, tmp_path / "out")
     assert (imported.images, imported.empty_images) == (2, 2)
     image, target = read_sample(tmp_path / "out" / "train" / "b", ["x", "y"])
     assert np.array_equal(image, np.asarray(Image.open(images / "b.jpg")))
@@ -197,7 +197,7 @@ def test_an_image_without_cells_is_a_negative_and_jpegs_become_tiffs(tmp_path):
 def test_names_with_folders_or_alike_give_samples_of_their_own(tmp_path):
     names = ("x/a.png", "y/a.png", "x__a.png", ".b.png", "_c.png", "X/A.tif")
     path, images = write_set(tmp_path, [], names=names)
-    exports.import_coco(path, images, tmp_path / "out")
+    interchange.import_coco(path, images, tmp_path / "out")
     found = CellDataset(tmp_path / "out" / "train").sample_ids
     assert found == ["X__A-3", "b", "image_c", "x__a", "x__a-2", "y__a"]
 
@@ -210,7 +210,7 @@ def test_images_are_found_without_the_folders_of_the_machine_that_annotated_them
         content["images"][0]["file_name"] = name
         path.write_text(json.dumps(content))
         out = tmp_path / str(number)
-        exports.import_coco(path, images, out)
+        interchange.import_coco(path, images, out)
         assert len(list((out / "train").iterdir())) == 1
 
 
@@ -281,7 +281,7 @@ def test_bad_coco_files_are_refused_by_name_value_and_remedy(tmp_path, damage, w
     damage(content)
     path.write_text(json.dumps(content))
     with pytest.raises(DataError) as caught:
-        exports.import_coco(path, images, tmp_path / "out")
+        interchange.import_coco(path, images, tmp_path / "out")
     for word in (*words, str(tmp_path)):
         assert word in str(caught.value), reason
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "set.json"]
@@ -292,19 +292,19 @@ def test_what_is_no_coco_file_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(DataError, match=r"x\.json"):
-        exports.read_coco(path)
+        interchange.read_coco(path)
 
 
 def test_nothing_is_written_over_and_a_broken_image_leaves_nothing(tmp_path):
     path, images = write_set(tmp_path, [annotation([RECTANGLE])], names=("a.png", "b.png"))
     (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
     with pytest.raises(DataError, match=r"b\.png is damaged"):
-        exports.import_coco(path, images, tmp_path / "out")
+        interchange.import_coco(path, images, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "set.json"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(SettingsError, match="exists already"):
-        exports.import_coco(path, images, tmp_path / "out")
+        interchange.import_coco(path, images, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
@@ -312,7 +312,7 @@ def test_images_of_other_kinds_are_refused_by_name(tmp_path):
     path, images = write_set(tmp_path, [], names=("a.jpg",))
     (images / "a.jpg").write_text("<html>")
     with pytest.raises(DataError, match=r"a\.jpg is damaged"):
-        exports.import_coco(path, images, tmp_path / "out")
+        interchange.import_coco(path, images, tmp_path / "out")
 
 
 def write_labels_set(folder, maps, images=("a", "b")):
@@ -332,7 +332,7 @@ TWO_CELLS = mask_of((0, 0, 2, 2)) * 1 + mask_of((2, 0, 4, 2)) * 5
 def test_label_maps_of_one_class(tmp_path):
     maps = {"labels/a.tif": TWO_CELLS, "labels/b.tif": 0 * TWO_CELLS, "labels/z.tif": TWO_CELLS}
     write_labels_set(tmp_path, maps, images=("a", "b", "c"))
-    imported = exports.import_labels(tmp_path / "labels", tmp_path / "images", tmp_path / "out")
+    imported = interchange.import_labels(tmp_path / "labels", tmp_path / "images", tmp_path / "out")
     assert (imported.class_names, imported.cells, imported.empty_images) == (("cell",), [2], 1)
     assert imported.left_out == {"images without a label map": 1, "label maps without an image": 1}
     cells = read_masks(tmp_path / "out" / "train" / "a", ["cell"])
@@ -343,7 +343,7 @@ def test_label_maps_of_one_class(tmp_path):
 def test_label_maps_of_several_classes(tmp_path, labels):
     maps = {f"{labels}/class{k}/a.tif": mask_of((0, 0, k, 1)) * 1 for k in (1, 2, 10)}
     write_labels_set(tmp_path, maps | {f"{labels}/class2/b.tif": TWO_CELLS})
-    imported = exports.import_labels(tmp_path / labels, tmp_path / "images", tmp_path / "out")
+    imported = interchange.import_labels(tmp_path / labels, tmp_path / "images", tmp_path / "out")
     assert imported.class_names == ("class1", "class2", "class10")
     assert imported.cells == [1, 3, 1]
     cells = read_masks(tmp_path / "out" / "train" / "a", imported.class_names)
@@ -364,7 +364,9 @@ BAD_LABELS = [
 def test_bad_label_maps_are_refused_by_name_value_and_remedy(tmp_path, maps, words, reason):
     write_labels_set(tmp_path / "set", maps)
     with pytest.raises(DataError) as caught:
-        exports.import_labels(tmp_path / "set/labels", tmp_path / "set/images", tmp_path / "out")
+        interchange.import_labels(
+            tmp_path / "set/labels", tmp_path / "set/images", tmp_path / "out"
+        )
     for word in words:
         assert word in str(caught.value), reason
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
@@ -373,24 +375,24 @@ def test_bad_label_maps_are_refused_by_name_value_and_remedy(tmp_path, maps, wor
 def test_labels_and_images_in_one_folder_cannot_be_told_apart(tmp_path):
     write_labels_set(tmp_path, {})
     with pytest.raises(SettingsError, match="part them"):
-        exports.import_labels(tmp_path / "images", tmp_path / "images", tmp_path / "out")
+        interchange.import_labels(tmp_path / "images", tmp_path / "images", tmp_path / "out")
     with pytest.raises(DataError, match="nowhere is not a folder"):
-        exports.import_labels(tmp_path / "nowhere", tmp_path / "images", tmp_path / "out")
+        interchange.import_labels(tmp_path / "nowhere", tmp_path / "images", tmp_path / "out")
 
 
 def test_one_setting_takes_a_coco_file_and_imports_it_once(tmp_path):
     path, images = write_set(tmp_path / "set", [annotation([RECTANGLE])])
     cache = tmp_path / "runs" / "imported"
-    first = exports.prepare_release(path, cache)
+    first = interchange.prepare_release(path, cache)
     made = (first.train_dir / "a" / "class1.tif").stat().st_mtime_ns
     assert first.class_names == ("spindle", "round")
     assert len(CellDataset(first.train_dir, class_names=first.class_names)) == 1
-    assert exports.prepare_release(str(path), cache) == first
-    assert exports.prepare_release(tmp_path / "set", cache).class_names == first.class_names
+    assert interchange.prepare_release(str(path), cache) == first
+    assert interchange.prepare_release(tmp_path / "set", cache).class_names == first.class_names
     assert (first.train_dir / "a" / "class1.tif").stat().st_mtime_ns == made
 
     write_png(images / "a.png", plain_image(*SIZE, (1, 2, 3)))
-    second = exports.prepare_release(path, cache)
+    second = interchange.prepare_release(path, cache)
     assert second.root != first.root
     assert read_sample(second.train_dir / "a")[0][0, 0].tolist() == [1, 2, 3]
 
@@ -412,7 +414,7 @@ def test_images_are_found_where_tools_put_them(tmp_path, images, place, layout):
     (written / "a.png").rename(root / images / "a.png")
     path.rename(root / place / "instances_val2017.json")
     named = root if layout.endswith("train/") else root / place / "instances_val2017.json"
-    release = exports.prepare_release(named, tmp_path / "cache")
+    release = interchange.prepare_release(named, tmp_path / "cache")
     assert len(read_masks(release.train_dir / "a")) == 1
 
 
@@ -420,18 +422,22 @@ def test_one_setting_takes_folders_of_label_maps(tmp_path):
     one = write_labels_set(tmp_path / "one", {"labels/a.tif": TWO_CELLS})
     two = write_labels_set(tmp_path / "two", {"masks/x/a.tif": TWO_CELLS, "masks/y/b.tif": SPOTS})
     three = write_labels_set(tmp_path / "three", {"x/a.tif": TWO_CELLS})
-    found = [exports.prepare_release(folder, tmp_path / "cache") for folder in (one, two, three)]
+    found = [
+        interchange.prepare_release(folder, tmp_path / "cache") for folder in (one, two, three)
+    ]
     assert [release.class_names for release in found] == [("cell",), ("x", "y"), ("x",)]
 
 
 def test_one_setting_still_takes_a_release(tmp_path):
     made = make_sample_release(tmp_path / "data", train_images=2, test_images=1, image_size=48)
     (tmp_path / "test-results.json").write_text("[]")  # a result is no annotation
-    release = exports.prepare_release(tmp_path, tmp_path / "cache")
+    release = interchange.prepare_release(tmp_path, tmp_path / "cache")
     assert (release.train_dir, release.class_names) == (made.train_dir, None)
-    assert exports.prepare_release(None, tmp_path / "cache", project_dir=tmp_path / "no") is None
+    assert (
+        interchange.prepare_release(None, tmp_path / "cache", project_dir=tmp_path / "no") is None
+    )
     with pytest.raises(DataError, match="does not exist"):
-        exports.prepare_release(tmp_path / "gone", tmp_path / "cache")
+        interchange.prepare_release(tmp_path / "gone", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -439,10 +445,10 @@ def test_settings_that_name_too_much_or_too_little_are_refused(tmp_path):
     path, images = write_set(tmp_path, [])
     (images / "a.png").rename(images / "b.png")
     with pytest.raises(DataError, match="are not near it"):
-        exports.prepare_release(path, tmp_path / "cache")
+        interchange.prepare_release(path, tmp_path / "cache")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match=r"other\.json, set\.json; set release_dir"):
-        exports.prepare_release(tmp_path, tmp_path / "cache")
+        interchange.prepare_release(tmp_path, tmp_path / "cache")
     (tmp_path / "class_names.json").write_text("[1]")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="no list of class names"):
@@ -450,16 +456,16 @@ def test_settings_that_name_too_much_or_too_little_are_refused(tmp_path):
 
 
 def test_ring_of_a_rectangle_by_hand():
-    polygons = exports.mask_to_polygons(np.ones((3, 4), bool), (2, 1))
+    polygons = interchange.mask_to_polygons(np.ones((3, 4), bool), (2, 1))
     assert polygons == [[[(2, 1), (6, 1), (6, 4), (2, 4), (2, 1)]]]
-    assert exports.ring_area(polygons[0][0]) == 12
+    assert interchange.ring_area(polygons[0][0]) == 12
 
 
 def test_a_hole_is_an_inner_ring_that_turns_the_other_way():
-    [[outer, hole]] = exports.mask_to_polygons(RING)
+    [[outer, hole]] = interchange.mask_to_polygons(RING)
     assert outer == [(1, 1), (6, 1), (6, 5), (1, 5), (1, 1)]
     assert hole == [(3, 2), (3, 4), (4, 4), (4, 2), (3, 2)]
-    assert (exports.ring_area(outer), exports.ring_area(hole)) == (20, -2)
+    assert (interchange.ring_area(outer), interchange.ring_area(hole)) == (20, -2)
 
 
 CORNERS = [
@@ -474,8 +480,8 @@ CORNERS = [
 @pytest.mark.parametrize(("rows", "areas", "reason"), CORNERS, ids=[row[2] for row in CORNERS])
 def test_where_pixels_touch_at_corners(rows, areas, reason):
     mask = np.array([[value == "1" for value in row] for row in rows])
-    polygons = exports.mask_to_polygons(mask)
-    assert [[exports.ring_area(ring) for ring in rings] for rings in polygons] == areas, reason
+    polygons = interchange.mask_to_polygons(mask)
+    assert [[interchange.ring_area(ring) for ring in rings] for rings in polygons] == areas, reason
 
 
 def inside(rings, x, y):
@@ -490,11 +496,11 @@ def inside(rings, x, y):
 @settings(max_examples=150, deadline=None)
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=8)))
 def test_rings_enclose_exactly_the_pixels(mask):
-    polygons = exports.mask_to_polygons(mask)
+    polygons = interchange.mask_to_polygons(mask)
     pieces = connected_pieces(mask, connectivity=1)
     assert len(polygons) == pieces.max()
     for number, rings in enumerate(polygons, start=1):
-        areas = [exports.ring_area(ring) for ring in rings]
+        areas = [interchange.ring_area(ring) for ring in rings]
         assert areas[0] > 0 and all(area < 0 for area in areas[1:])
         assert sum(areas) == (pieces == number).sum()
         for ring in rings:
@@ -502,7 +508,7 @@ def test_rings_enclose_exactly_the_pixels(mask):
             assert len(set(ring)) == len(ring) - 1  # passes no corner twice
             assert all((x1 == x2) != (y1 == y2) for (x1, y1), (x2, y2) in pairwise(ring))
     every_ring = [ring for rings in polygons for ring in rings]
-    assert sum(map(exports.ring_area, every_ring)) == mask.sum()
+    assert sum(map(interchange.ring_area, every_ring)) == mask.sum()
     drawn = [
         [inside(every_ring, x + 0.5, y + 0.5) for x in range(mask.shape[1])]
         for y in range(mask.shape[0])
@@ -528,14 +534,14 @@ def records_of(*cells, image_id=1):
 def one_picture(tmp_path, *cells, **options):
     """Write an image and return its picture and the cells in it."""
     image = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(*SIZE, 3)
-    pictures = exports.list_pictures(write_png(tmp_path / "a.png", image))
-    return pictures, exports.cells_by_picture(pictures, records_of(*cells), **options)
+    pictures = interchange.list_pictures(write_png(tmp_path / "a.png", image))
+    return pictures, interchange.cells_by_picture(pictures, records_of(*cells), **options)
 
 
 def test_geojson_of_a_rectangle_and_of_a_cell_in_two_pieces_by_hand(tmp_path):
     two = mask_of((0, 0, 1, 1), (3, 0, 5, 2))
     pictures, cells = one_picture(tmp_path, (1, 0.9, mask_of((2, 1, 6, 4))), (2, 0.25, two))
-    exports.write_geojson(tmp_path / "out", pictures, cells, ["one", "two"])
+    interchange.write_geojson(tmp_path / "out", pictures, cells, ["one", "two"])
     content = json.loads((tmp_path / "out" / "a.geojson").read_text())
     assert content["type"] == "FeatureCollection"
     first, second = content["features"]
@@ -557,16 +563,16 @@ def test_geojson_of_a_rectangle_and_of_a_cell_in_two_pieces_by_hand(tmp_path):
         [[[3, 0], [5, 0], [5, 2], [3, 2], [3, 0]]],
     ]
     with pytest.raises(SettingsError, match="object_type is 'cell'"):
-        exports.write_geojson(tmp_path, pictures, cells, ["one", "two"], object_type="cell")
+        interchange.write_geojson(tmp_path, pictures, cells, ["one", "two"], object_type="cell")
 
 
 def test_an_image_without_cells_gives_an_empty_collection(tmp_path):
     pictures, cells = one_picture(tmp_path, (1, 0.2, mask_of((0, 0, 1, 1))), score_threshold=0.5)
-    exports.write_geojson(tmp_path, pictures, cells, ["one"])
+    interchange.write_geojson(tmp_path, pictures, cells, ["one"])
     assert json.loads((tmp_path / "a.geojson").read_text())["features"] == []
-    exports.write_labels(tmp_path, pictures, cells, ["one"])
+    interchange.write_labels(tmp_path, pictures, cells, ["one"])
     assert not tifffile.imread(tmp_path / "a.tif").any()
-    exports.write_morphometry(tmp_path / "a.csv", pictures, cells, ["one"])
+    interchange.write_morphometry(tmp_path / "a.csv", pictures, cells, ["one"])
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1
 
 
@@ -581,13 +587,13 @@ def test_threshold_and_empty_masks_drop_records_and_truth_has_no_score(tmp_path)
     )
     assert [cell["score"] for cell in cells[0]] == [0.9, 0.5]
     truth = [{"image_id": 1, "category_id": 1, "segmentation": mask_to_rle(RING)}]
-    assert exports.cells_by_picture(pictures, truth, score_threshold=0.5) == [truth]
+    assert interchange.cells_by_picture(pictures, truth, score_threshold=0.5) == [truth]
 
 
 def test_label_map_gives_a_pixel_to_the_better_score(tmp_path):
     low, high, hidden = mask_of((0, 0, 4, 2)), mask_of((2, 0, 6, 2)), mask_of((3, 0, 5, 2))
     pictures, cells = one_picture(tmp_path, (1, 0.6, low), (2, 0.9, high), (1, 0.5, hidden))
-    exports.write_labels(tmp_path / "one", pictures, cells, ["x", "y"])
+    interchange.write_labels(tmp_path / "one", pictures, cells, ["x", "y"])
     drawn = tifffile.imread(tmp_path / "one" / "a.tif")
     assert drawn.dtype == np.uint16 and drawn.shape == SIZE
     assert drawn[0].tolist() == [2, 2, 1, 1, 1, 1, 0, 0, 0]
@@ -596,7 +602,7 @@ def test_label_map_gives_a_pixel_to_the_better_score(tmp_path):
     assert [row["class"] for row in rows] == ["y", "x", "x"]
     assert [row["visible_px2"] for row in rows] == ["8", "4", "0"]
 
-    exports.write_labels(tmp_path / "two", pictures, cells, ["x", "y"], by_class=True)
+    interchange.write_labels(tmp_path / "two", pictures, cells, ["x", "y"], by_class=True)
     first, second = (tifffile.imread(tmp_path / "two" / "a" / f"class{k}.tif") for k in (1, 2))
     assert first[0].tolist() == [1, 1, 1, 1, 2, 0, 0, 0, 0]
     assert second[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
@@ -606,10 +612,10 @@ def test_label_maps_come_in_again(tmp_path):
     boxes = [(0, 0, 2, 2), (3, 1, 5, 6), (5, 0, 9, 4)]
     cells = [(1, 0.9 - k / 10, mask_of(box)) for k, box in enumerate(boxes)]
     pictures, kept = one_picture(tmp_path, *cells)
-    exports.write_labels(tmp_path / "labels", pictures, kept, ["x"])
+    interchange.write_labels(tmp_path / "labels", pictures, kept, ["x"])
     (tmp_path / "images").mkdir()
     (tmp_path / "a.png").rename(tmp_path / "images" / "a.png")
-    release = exports.prepare_release(tmp_path, tmp_path / "cache")
+    release = interchange.prepare_release(tmp_path, tmp_path / "cache")
     found = read_masks(release.train_dir / "a", release.class_names)
     for (_, mask), box in zip(found, boxes, strict=True):
         assert np.array_equal(mask, mask_of(box))
@@ -630,7 +636,7 @@ def read_table(path):
 
 def test_morphometry_of_a_rectangle_by_hand(tmp_path):
     pictures, cells = one_picture(tmp_path, (2, 0.75, mask_of((2, 1, 6, 4))))
-    exports.write_morphometry(tmp_path / "t.csv", pictures, cells, ["x", "y"], pixel_size=0.5)
+    interchange.write_morphometry(tmp_path / "t.csv", pictures, cells, ["x", "y"], pixel_size=0.5)
     [row] = read_table(tmp_path / "t.csv")
     assert [row[k] for k in ("image_id", "image", "cell", "class_id", "class", "score")] == [
         "1", "a", "1", "2", "y", "0.75",
@@ -657,7 +663,7 @@ def test_morphometry_is_that_of_scikit_image_on_the_whole_map():
     ids = connected_pieces(rng.random((60, 80)) < 0.45, connectivity=1)
     image = rng.integers(0, 256, (60, 80, 3), np.uint8)
     cells = [{"segmentation": mask_to_rle(ids == k)} for k in range(1, ids.max() + 1)]
-    rows = list(exports.measure_cells(image, cells, pixel_size=0.25))
+    rows = list(interchange.measure_cells(image, cells, pixel_size=0.25))
     names = {
         "area": "area_px2", "perimeter": "perimeter_px", "eccentricity": "eccentricity",
         "equivalent_diameter_area": "equivalent_diameter_px", "solidity": "solidity",
@@ -679,7 +685,7 @@ def test_morphometry_is_that_of_scikit_image_on_the_whole_map():
 @pytest.mark.filterwarnings("error")
 def test_morphometry_of_a_pixel_and_of_lines_is_finite(box):
     cells = [{"segmentation": mask_to_rle(mask_of(box))}]
-    [row] = exports.measure_cells(plain_image(*SIZE), cells)
+    [row] = interchange.measure_cells(plain_image(*SIZE), cells)
     assert all(np.isfinite(value) for value in row.values())
     assert row["solidity"] == 1
 
@@ -688,14 +694,14 @@ def test_cells_of_another_image_are_not_measured(tmp_path):
     pictures, cells = one_picture(tmp_path, (1, 0.9, RING))
     write_png(tmp_path / "a.png", plain_image(9, 6))
     with pytest.raises(DataError, match=r"a\.png has 9 x 6 pixels, .* 6 x 9"):
-        exports.write_morphometry(tmp_path / "t.csv", pictures, cells, ["one"])
+        interchange.write_morphometry(tmp_path / "t.csv", pictures, cells, ["one"])
     assert not (tmp_path / "t.csv").exists()
 
 
 @pytest.mark.parametrize("pixel_size", [0, -1, float("nan"), float("inf")])
 def test_a_pixel_has_a_size(tmp_path, pixel_size):
     with pytest.raises(SettingsError, match="pixel_size"):
-        exports.write_morphometry(tmp_path / "t.csv", [], [], [], pixel_size=pixel_size)
+        interchange.write_morphometry(tmp_path / "t.csv", [], [], [], pixel_size=pixel_size)
     assert not list(tmp_path.iterdir())
 
 
@@ -703,17 +709,17 @@ def test_images_of_a_release_of_samples_and_of_one_file(tmp_path):
     made = make_sample_release(tmp_path, train_images=3, test_images=2, image_size=64)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     for place in (tmp_path, made.test_dir):
-        pictures = exports.list_pictures(place)
+        pictures = interchange.list_pictures(place)
         assert [p.file_name for p in pictures] == [entry["file_name"] for entry in index]
         assert [p.size for p in pictures] == [(e["height"], e["width"]) for e in index]
-    samples = exports.list_pictures(made.train_dir)
+    samples = interchange.list_pictures(made.train_dir)
     assert [p.image_id for p in samples] == [1, 2, 3]
-    assert exports.list_pictures(made.train_dir, sample_ids=[samples[2].name]) == samples[2:]
+    assert interchange.list_pictures(made.train_dir, sample_ids=[samples[2].name]) == samples[2:]
     assert {p.file_name for p in samples} == {f"{p.name}/image.tif" for p in samples}
-    [alone] = exports.list_pictures(samples[0].path)
+    [alone] = interchange.list_pictures(samples[0].path)
     assert (alone.image_id, alone.size) == (1, samples[0].size)
     with pytest.raises(DataError, match="not a folder"):
-        exports.list_pictures(tmp_path / "gone")
+        interchange.list_pictures(tmp_path / "gone")
 
 
 def run(*arguments):

@@ -34,7 +34,7 @@ ROOMS = [
     {"presets"},
     {"ensemble"},
     {"submission"},
-    {"exports"},
+    {"interchange"},
     {"report"},
     {"notebook"},
     {"doctor"},

@@ -21,7 +21,7 @@ from cellseg.files import check_writable
 
 if TYPE_CHECKING:
     from cellseg.data import CellDataset
-    from cellseg.exports import Picture
+    from cellseg.interchange import Picture
 
 
 @app.command()
@@ -130,7 +130,7 @@ def import_data(
     out_dir: Annotated[Path, typer.Argument(help="Release to write; a new folder.")],
 ) -> None:
     """Make a release of annotated images from elsewhere: of a COCO file, or of label maps."""
-    from cellseg.exports import import_annotations
+    from cellseg.interchange import import_annotations
 
     imported = import_annotations(source, images_dir, out_dir, progress=True)
     typer.echo(imported.summary())
@@ -161,19 +161,19 @@ def export_cells(
     ] = "detection",
 ) -> None:
     """Write cells for other tools: COCO, label TIFFs, GeoJSON for QuPath, a table of sizes."""
-    from cellseg import exports
+    from cellseg import interchange
 
     writers = {
-        "coco": exports.write_coco,
-        "labels": partial(exports.write_labels, by_class=by_class),
-        "geojson": partial(exports.write_geojson, object_type=object_type),
-        "csv": partial(exports.write_morphometry, pixel_size=pixel_size),
+        "coco": interchange.write_coco,
+        "labels": partial(interchange.write_labels, by_class=by_class),
+        "geojson": partial(interchange.write_geojson, object_type=object_type),
+        "csv": partial(interchange.write_morphometry, pixel_size=pixel_size),
     }
     if to not in writers:
         raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
     names = pick_names(class_names, images or source)
     pictures, cells = _read_cells(source, images, names, read_ids(ids))
-    kept = exports.cells_by_picture(pictures, cells, score_threshold=score_threshold)
+    kept = interchange.cells_by_picture(pictures, cells, score_threshold=score_threshold)
     writers[to](output, pictures, kept, names)
     number, empty = sum(map(len, kept)), sum(not found for found in kept)
     images_text = f"{len(pictures)} images, {empty} of them without any"
@@ -187,7 +187,7 @@ def _read_cells(
     from cellseg.coco import read_records
     from cellseg.data import CellDataset
     from cellseg.evaluation import dataset_truth
-    from cellseg.exports import list_pictures, pictures_of_samples
+    from cellseg.interchange import list_pictures, pictures_of_samples
 
     if source.is_dir():
         dataset = CellDataset(source, class_names=names, sample_ids=ids)

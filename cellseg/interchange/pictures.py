@@ -11,7 +11,7 @@ from cellseg.data.decoding import read_size
 from cellseg.data.reading import CLASS_NAMES
 from cellseg.data.release import INDEX_NAME, TEST_NAME, find_release, read_test_index
 from cellseg.errors import DataError
-from cellseg.exports.storing import sample_names
+from cellseg.interchange.storing import sample_names
 
 Cell = dict[str, Any]
 """A record, or an annotation of the truth: the same keys, but no score."""

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from cellseg.data.decoding import SUFFIXES
 from cellseg.data.reading import Instances, SampleFiles, read_instances
 from cellseg.errors import DataError, SettingsError
-from cellseg.exports.storing import (
+from cellseg.interchange.storing import (
     IMAGE_SUFFIXES,
     Imported,
     release_folder,

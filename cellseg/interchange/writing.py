@@ -10,10 +10,10 @@ import numpy as np
 
 from cellseg.coco import xyxy_to_xywh
 from cellseg.errors import SettingsError
-from cellseg.exports.masks import box_masks, paint_masks, write_map
-from cellseg.exports.pictures import Cell, Picture
-from cellseg.exports.rings import mask_to_polygons
 from cellseg.files import open_atomically
+from cellseg.interchange.masks import box_masks, paint_masks, write_map
+from cellseg.interchange.pictures import Cell, Picture
+from cellseg.interchange.rings import mask_to_polygons
 from cellseg.overlap import MaskLine
 
 OBJECT_TYPES = ("detection", "annotation")

@@ -12,9 +12,9 @@ from skimage.measure import regionprops
 
 from cellseg.data.reading import read_image
 from cellseg.errors import DataError, SettingsError
-from cellseg.exports.masks import box_masks
-from cellseg.exports.pictures import Cell, Picture
 from cellseg.files import open_atomically
+from cellseg.interchange.masks import box_masks
+from cellseg.interchange.pictures import Cell, Picture
 from cellseg.overlap import MaskLine
 
 # column without its unit -> power of a pixel's side

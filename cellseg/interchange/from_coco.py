@@ -8,9 +8,9 @@ from tqdm.auto import tqdm
 
 from cellseg.coco import Rle, rle_area
 from cellseg.errors import DataError
-from cellseg.exports.coco_file import CocoFile, CocoImage, annotation_to_rle, read_coco
-from cellseg.exports.masks import draw_pages, write_map
-from cellseg.exports.storing import Imported, release_folder, sample_names, store_image
+from cellseg.interchange.coco_file import CocoFile, CocoImage, annotation_to_rle, read_coco
+from cellseg.interchange.masks import draw_pages, write_map
+from cellseg.interchange.storing import Imported, release_folder, sample_names, store_image
 from cellseg.markdown import first_few
 
 

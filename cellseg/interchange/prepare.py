@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from cellseg.data.release import TRAIN_NAME, Release, find_release
 from cellseg.errors import DataError
-from cellseg.exports.coco_file import read_coco
-from cellseg.exports.from_coco import import_coco, locate_images
-from cellseg.exports.from_labels import class_folders, import_labels
-from cellseg.exports.storing import IMAGE_SUFFIXES, Imported
+from cellseg.interchange.coco_file import read_coco
+from cellseg.interchange.from_coco import import_coco, locate_images
+from cellseg.interchange.from_labels import class_folders, import_labels
+from cellseg.interchange.storing import IMAGE_SUFFIXES, Imported
 
 LABELS_NAMES = ("labels", "masks")
 _VERSION = 1  # of what an import writes: count it up when that changes
