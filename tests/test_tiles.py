@@ -221,6 +221,16 @@ def test_a_model_that_cuts_cells_finds_the_whole_ones(size):
     assert again == expected
 
 
+def test_an_array_as_read_from_a_file_is_cut_into_tiles_as_its_tensor_is():
+    image = make_image(130, 333, scattered_squares(np.random.default_rng(1), 130, 333, 64))
+    model, options = CuttingModel().eval(), {"image_id": 1, "tile_size": 192, "overlap": 64}
+    expected = predict_tiles(model, image, **options)
+    shapes = list(model.shapes)
+    model.shapes.clear()
+    assert predict_tiles(model, image.permute(1, 2, 0).numpy(), **options) == expected
+    assert len(shapes) > 1 and model.shapes == shapes
+
+
 NARROW = {"fpn_channels": 32, "head_width": 64, "rois_per_image": 64}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cellseg.coco import Record, move_rles, record_order, sort_records, xywh_to_xyxy
 from cellseg.errors import SettingsError
 from cellseg.inference.merging import find_owners, fuse
+from cellseg.inference.prediction import as_tensor
 from cellseg.inference.views import predict_views
 from cellseg.models.transform import SIZE_DIVISIBLE
 
@@ -183,7 +184,7 @@ def join_tiles(
 
 def predict_tiles(
     model: nn.Module,
-    image: Tensor,
+    image: Tensor | np.ndarray,
     *,
     image_id: int,
     tile_size: int | None = None,
@@ -199,7 +200,8 @@ def predict_tiles(
 
     Args:
         model: Mask R-CNN of this package, in eval mode, on any device.
-        image: uint8 [3, H, W], RGB (float in 0-1 is accepted); it may stay on the CPU.
+        image: uint8 [3, H, W], RGB (float in 0-1 is accepted), or an array [H, W, 3] as
+            `read_image` returns it; it may stay on the CPU.
         image_id: number written into each record.
         tile_size: image pixels a side, at most; None means `TILE_SIZE` network pixels.
         overlap: image pixels that neighbours have in common; cells should be smaller. None means
@@ -216,6 +218,7 @@ def predict_tiles(
         SettingsError: if tiles are not at least twice as large as their overlap.
         ValueError: as `predict_image`.
     """
+    image = as_tensor(image)
     size = (image.shape[-2], image.shape[-1])
     predict = partial(
         predict_views, model, image_id=image_id, iou_threshold=iou_threshold, **options
