@@ -3,8 +3,9 @@
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-# What starts HTML, code, emphasis, a formula, a cell of a table, a new line or a link's address.
-_SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\](?=[(\[:])")
+# What starts HTML, code, emphasis (within a word "_" is none), a formula, a cell of a table, a new
+# line or a link's address.
+_SPECIAL = re.compile(r"[&<>`*$\\~|\x00-\x1f]|\b_+|_+\b|\](?=[(\[:])")
 
 
 def table(
@@ -29,7 +30,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def escape(text: str) -> str:
     """Return a text, such as a file's name, that Markdown shows as it is, in a table as well."""
-    return _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", text)
+    return _SPECIAL.sub(lambda found: "".join(f"&#{ord(c)};" for c in found.group()), text)
 
 
 def code(text: str) -> str:

@@ -11,6 +11,8 @@ def test_a_table_has_a_line_for_header_rule_and_each_row():
 
 def test_a_name_stays_in_its_cell_and_is_shown_as_it_is():
     assert escape("a|b\n") == "a&#124;b&#10;"
+    assert escape("train_1") == "train_1"
+    assert escape("__a_b_ (_c)") == "&#95;&#95;a_b&#95; (&#95;c)"
     assert code("a_b (2).json") == "`a_b (2).json`"
     assert code("a`b") == "<code>a&#96;b</code>"
 
