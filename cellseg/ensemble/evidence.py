@@ -9,7 +9,7 @@ from cellseg.coco import Record, group_by_image, record_order
 from cellseg.ensemble.rules import RULES
 from cellseg.evaluation.matches import Candidates, Matches, average_precision, find_candidates
 from cellseg.evaluation.scores import AT_50, Truth, check_fit, mean_or_none
-from cellseg.inference.merging import cluster_scores
+from cellseg.inference.merging import cluster_scores, suppress_pairs
 from cellseg.overlap import neighbour_ious
 
 Clusters = tuple[np.ndarray, np.ndarray]
@@ -73,7 +73,7 @@ class Evidence:
             first, second, iou = self._pairs
             active = taking[self._member]
             used = (iou > iou_threshold) & active[first] & active[second]
-            owners = _suppress(len(active), first[used], second[used])
+            owners = suppress_pairs(len(active), first[used], second[used])
             kept, _, best = cluster_scores(
                 owners[active], self._member[active], self._score[active], len(taking)
             )
@@ -108,26 +108,3 @@ def _measure_pairs(
         start += len(image)
     first, second, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
     return first, second, iou
-
-
-def _suppress(number: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the record that stands for each after suppression, as `find_owners` does.
-
-    Args:
-        number: of records, best first.
-        first: int64 [P], the better record of each pair of which one covers the other.
-        second: int64 [P], the other one.
-    """
-    owners = np.arange(number)
-    undecided = np.ones(number, dtype=bool)
-    while len(first):
-        waiting = np.zeros(number, dtype=bool)
-        waiting[second[undecided[second]]] = True
-        kept = undecided & ~waiting
-        covers = kept[first]
-        np.minimum.at(owners, second[covers], first[covers])
-        undecided[kept] = False
-        undecided[second[covers]] = False
-        rest = undecided[first]
-        first, second = first[rest], second[rest]
-    return owners

@@ -150,20 +150,45 @@ def find_owners(
     possible = masks.iou_limits(first, second) > iou_threshold
     if sources is not None:
         possible &= sources[first] != sources[second]
-    first, second = first[possible], second[possible]
-    owners = np.arange(len(records))
-    undecided = np.ones(len(records), dtype=bool)
-    while undecided.any():
+    return suppress_pairs(
+        len(records),
+        first[possible],
+        second[possible],
+        covers=lambda i, j: masks.ious(i, j) > iou_threshold,
+    )
+
+
+def suppress_pairs(
+    number: int,
+    better: np.ndarray,
+    worse: np.ndarray,
+    *,
+    covers: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Return for each record the one that stands for it after suppression, int64 [number].
+
+    Args:
+        number: of records, best first.
+        better: int64 [P], the better record, of the lower number, of each pair that may overlap.
+        worse: int64 [P], the other one.
+        covers: takes some of the pairs and tells which overlap enough, bool; asked only of pairs
+            whose better record is kept. None: all do.
+    """
+    owners = np.arange(number)
+    undecided = np.ones(number, dtype=bool)
+    while len(better):
         # Kept are those that wait for no better one; only their overlaps need be measured.
-        waiting = np.zeros(len(records), dtype=bool)
-        waiting[second[undecided[second]]] = True
+        waiting = np.zeros(number, dtype=bool)
+        waiting[worse[undecided[worse]]] = True
         kept = undecided & ~waiting
-        measured = kept[first]
-        i, j = first[measured], second[measured]
-        covers = masks.ious(i, j) > iou_threshold
-        np.minimum.at(owners, j[covers], i[covers])
+        asked = kept[better]
+        i, j = better[asked], worse[asked]
+        if covers is not None:
+            enough = covers(i, j)
+            i, j = i[enough], j[enough]
+        np.minimum.at(owners, j, i)
         undecided[kept] = False
-        undecided[j[covers]] = False
-        rest = undecided[first]
-        first, second = first[rest], second[rest]
+        undecided[j] = False
+        rest = undecided[better]
+        better, worse = better[rest], worse[rest]
     return owners
