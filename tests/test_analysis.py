@@ -436,6 +436,11 @@ def test_calibration_by_hand():
     assert calibrate(truth, []).error is None
 
 
+def test_a_score_on_an_edge_belongs_to_the_bin_above_it():
+    records = [record(1, tenth / 10, EMPTY) for tenth in range(11)]
+    assert calibrate(truth_of([(1, A)]), records).records.tolist() == [1] * 9 + [2]
+
+
 def test_worst_cells_are_the_surest_and_the_largest():
     truth = truth_of([(1, A), (1, B), (1, (55, 5, 75, 15)), (2, D)])
     records = [
