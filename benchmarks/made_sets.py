@@ -3,11 +3,11 @@
     python -m benchmarks.made_sets [--set NAME ...] [--minutes 10] [--threads 1] [--weights FILE]
 
 draws five sets and trains the laptop's preset on each, nothing set by hand: at the automatic
-`image_scale`, at half and at twice of it. The held images are predicted whole, and the table of
-their AP50 is written to made_sets.md in the folder of --keep, one row a set: what the automatic
-scale reaches should be at least 0.9 of the best of the three. Sets that were trained before keep
-their rows. The budget is processor time of this process, divided by its threads, as in
-`benchmarks.screen`.
+`image_scale`, at half and at twice of it. The held images are predicted whole and as they are (the
+preset's views would add to each figure for eight times the time), and the table of their AP50 is
+written to made_sets.md in the folder of --keep, one row a set: what the automatic scale reaches
+should be at least 0.9 of the best of the three. Sets that were trained before keep their rows. The
+budget is processor time of this process, divided by its threads, as in `benchmarks.screen`.
 
     python -m benchmarks.made_sets --pictures FOLDER
 
@@ -228,6 +228,7 @@ def run(options: argparse.Namespace) -> None:
     given = {
         "time_budget": options.minutes * 60,
         "workers": 0,
+        "views": "plain",
         "weights": None if options.weights == "none" else options.weights,
     }
     recipe = presets.override(presets.preset("laptop"), given)

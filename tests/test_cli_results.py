@@ -124,7 +124,7 @@ def test_evaluate_writes_into_the_run_that_held_the_samples_out(trained, dataset
     found = write_found(tmp_path / "r.json", record(2, 0), record(3, 1, score=0.4))
     done = run("evaluate", found, dataset.train_dir, "--run", trained)
     assert done.exit_code == 0, done.output
-    assert "1,000 draws of 2 groups of the 3 images" in done.stdout
+    assert "1,000 draws of 2 groups of 3 images" in done.stdout
     assert f"written into {trained}: scores.json" in done.stdout
     assert read_records(trained / "validation.json") == read_records(found)
     assert read_truth(trained)[1] == {2: "1", 3: "1", 4: "2"}

@@ -1,6 +1,7 @@
 """Bootstrap intervals: draws by hand, AP of a draw against copied images, coverage."""
 
 import copy
+from dataclasses import astuple, fields
 
 import numpy as np
 import pytest
@@ -9,13 +10,19 @@ from cellseg.coco import make_record, mask_to_rle
 from cellseg.errors import RecordsError, SettingsError
 from cellseg.evaluation import (
     class_bootstrap,
+    class_nuclei_bootstrap,
     compare_records,
     image_bootstrap,
     score_nuclei,
     score_records,
     truth_from_targets,
 )
-from cellseg.evaluation.intervals import STATISTICS, bootstrap_interval, draw_images
+from cellseg.evaluation.intervals import (
+    STATISTICS,
+    Interval,
+    bootstrap_interval,
+    draw_images,
+)
 from cellseg.evaluation.matches import average_precision, match_records
 
 NAMES = ("epithelial", "lymphocyte", "neutrophil")
@@ -117,6 +124,39 @@ def test_interval_of_each_class_is_that_of_the_class_alone():
     assert together.low == together.high == pytest.approx(together.value)
 
 
+def test_each_class_has_its_own_intervals_of_the_nuclei_scores():
+    truth, records = scene(4)
+    report = score_nuclei(truth, records, score_threshold=0.3)
+    intervals = class_nuclei_bootstrap(truth, report, samples=50)
+    assert set(intervals["neutrophil"].values()) == {Interval(None, None, None)}
+    names = [field.name for field in fields(report.pooled)]
+    for label, name in ((1, "epithelial"), (2, "lymphocyte")):
+        own = [cell for cell in truth["annotations"] if cell["category_id"] == label]
+        found = [entry for entry in records if entry["category_id"] == label]
+        alone = image_bootstrap(
+            {**truth, "annotations": own}, found, statistics=names, score_threshold=0.3, samples=50
+        )
+        for key, at in alone.items():
+            assert astuple(intervals[name][key]) == pytest.approx(astuple(at))
+            assert intervals[name][key].value == getattr(report.per_class[name], key)
+
+
+def test_draws_without_a_cell_of_a_class_say_nothing_of_its_nuclei():
+    layer = np.zeros((1, HEIGHT, WIDTH), dtype=np.int32)
+    layer[0, 3:13, 2:12] = 1
+    targets = [
+        {"instance_map": layer, "labels": [3], "image_id": 1},
+        {"instance_map": layer, "labels": [1], "image_id": 2},
+    ]
+    truth = truth_from_targets(targets, NAMES)
+    records = [make_record(1, 3, 0.9, rle(*SQUARE)), make_record(2, 3, 0.9, rle(*SQUARE))]
+    report = score_nuclei(truth, records, score_threshold=0.5)
+    intervals = class_nuclei_bootstrap(truth, report)
+    # One found and one false cell; without the second image one found. Without the first: nothing.
+    assert astuple(intervals["neutrophil"]["pq"]) == pytest.approx((2 / 3, 2 / 3, 1))
+    assert astuple(intervals["epithelial"]["pq"]) == (0, 0, 0)
+
+
 def test_images_of_a_group_are_drawn_together():
     draws = draw_images([3, 5, 8, 9], samples=500, groups={3: "a", 5: "b", 8: "a", 9: "b"})
     assert (draws[:, 0] == draws[:, 2]).all() and (draws[:, 1] == draws[:, 3]).all()
@@ -197,6 +237,11 @@ def test_comparison_in_words():
     pq = compare_records(truth, records, records, statistic="pq", score_thresholds=(0.3, 0.3))
     assert pq.sentence.startswith("PQ is ")
     assert pq.sentence.endswith("6 images); these images cannot tell them apart.")
+    groups = {1: "a", 2: "a", 3: "b", 4: "b", 5: "b", 6: "c"}
+    grouped = compare_records(truth, records, records, groups=groups, samples=50)
+    assert grouped.sentence.endswith(
+        ", 3 groups of 6 images); these images cannot tell them apart."
+    )
 
 
 def test_what_cannot_be_computed_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cellseg.coco import make_record, mask_to_rle
-from cellseg.evaluation.pairs import find_pairs, pair_masks, positions_of
+from cellseg.evaluation.pairs import find_pairs, pair_masks, positions_of, take_cells
 
 HEIGHT, WIDTH = 30, 50
 CELL, HALF, APART = (5, 5, 15, 15), (10, 5, 20, 15), (30, 5, 40, 15)  # CELL and HALF: IoU 1/3
@@ -57,6 +57,20 @@ def test_without_records_or_cells_there_are_no_pairs():
     for sides in (([], nothing, one, here), (one, here, [], nothing), ([], nothing, [], nothing)):
         assert listed(find_pairs(*sides, iou_threshold=0.1, same_class=True)) == []
         assert listed(pair_masks(sides[0], sides[2], iou_threshold=0.1)) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "pairs", "expected"),
+    [
+        ("the better record chooses first, whatever the IoUs", [(0, 0, 0.6), (1, 0, 0.9)], [0, -1]),
+        ("what it has left is free", [(0, 0, 0.6), (0, 1, 0.7), (1, 1, 0.9), (1, 0, 0.5)], [1, 0]),
+        ("of equal cells the last, as in pycocotools", [(0, 0, 0.5), (0, 1, 0.5)], [1, -1]),
+        ("without a pair no record has a cell", [], [-1, -1]),
+    ],
+)
+def test_records_in_turn_take_the_free_cell_of_the_highest_iou(reason, pairs, expected):
+    record, cell, iou = np.array(pairs).reshape(-1, 3).T
+    assert take_cells(record.astype(int), cell.astype(int), iou, 2).tolist() == expected
 
 
 def test_positions_of_ids_with_gaps():

@@ -179,6 +179,15 @@ def test_evaluation_is_written_for_the_report(tmp_path):
     assert read["scores.json"]["ap50_per_class"] == {"dark": 1.0, "light": None}
     assert read["scores.json"]["intervals_per_class"]["dark"]["low"] == 1.0
     assert read["scores.json"]["nuclei_per_class"]["light"]["pq"] is None
+    nuclei = read["scores.json"]["nuclei_intervals_per_class"]
+    assert nuclei["dark"]["aji"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert nuclei["light"]["pq"] == {"value": None, "low": None, "high": None}
+    assert scored.class_table().splitlines() == [
+        "| | AP50 | from | to | PQ | from | to | DQ | SQ | AJI | Dice | F_d | F_c |",
+        "|" + "---|" * 13,
+        "| dark " + "| 1.000 " * 12 + "|",
+        "| light " + "| - " * 12 + "|",
+    ]
     # Settled, the two records are one nucleus: no false one beside it.
     assert read["scores.json"]["intervals"]["dq"]["value"] == 1.0
     assert read["confusion.json"] == {

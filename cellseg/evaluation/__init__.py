@@ -17,6 +17,7 @@ from cellseg.evaluation.intervals import (
     Comparison,
     Interval,
     class_bootstrap,
+    class_nuclei_bootstrap,
     compare_records,
     image_bootstrap,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "choose_score_threshold",
     "class_bootstrap",
     "class_curves",
+    "class_nuclei_bootstrap",
     "compare_records",
     "confusion_matrix",
     "curves_table",

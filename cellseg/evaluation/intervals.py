@@ -18,9 +18,14 @@ import numpy as np
 
 from cellseg.coco import Record
 from cellseg.errors import SettingsError
-from cellseg.evaluation.matches import Matches, average_precision, match_records
+from cellseg.evaluation.matches import (
+    Matches,
+    average_precision,
+    find_candidates,
+    match_records,
+)
 from cellseg.evaluation.names import NUCLEI_NAMES, SCORE_NAMES
-from cellseg.evaluation.nuclei import nuclei_ratios, nuclei_sums
+from cellseg.evaluation.nuclei import NucleiReport, nuclei_ratios, nuclei_sums
 from cellseg.evaluation.scores import AT_50, AT_75, COCO_CAP, Truth, check_fit, mean_or_none
 
 PERCENT = 95
@@ -149,6 +154,45 @@ def class_bootstrap(
     }
 
 
+def class_nuclei_bootstrap(
+    truth: Truth,
+    report: NucleiReport,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    groups: Mapping[int, Hashable] | None = None,
+) -> dict[str, dict[str, Interval]]:
+    """Return the nuclei scores of each class with their 95 % intervals.
+
+    Args:
+        truth: COCO dict as `truth_from_targets` makes it.
+        report: of `score_nuclei`, with this truth.
+        samples: number of draws.
+        seed: of the draws; equal seeds draw the same images as `image_bootstrap`.
+        groups: as in `image_bootstrap`.
+
+    Returns:
+        class name -> score by its name in `NucleiScores` -> interval; draws without a cell of the
+        class are left out of its intervals.
+
+    Raises:
+        SettingsError: if an image has no group.
+    """
+    draws = draw_images(_image_ids(truth), samples=samples, seed=seed, groups=groups)
+    weights = np.concatenate([np.ones((1, draws.shape[1]), dtype=np.int64), draws])
+    cells = find_candidates(truth, [])
+    places = {category_id: k for k, category_id in enumerate(cells.category_ids.tolist())}
+    intervals = {}
+    for category in truth["categories"]:
+        asked = weights @ cells.truths[:, places[category["id"]]] > 0
+        drawn = nuclei_ratios(weights @ report.class_sums[category["name"]])
+        scores = {name: np.where(asked, values, np.nan) for name, values in drawn.items()}
+        intervals[category["name"]] = {
+            name: _middle(values[0], values[1:]) for name, values in scores.items()
+        }
+    return intervals
+
+
 def compare_records(
     truth: Truth,
     records_a: Sequence[Record],
@@ -191,9 +235,8 @@ def compare_records(
     interval = bootstrap_interval(difference, draws)
     once = np.ones(draws.shape[1], dtype=np.int64)
     value_a, value_b = (_known(side.score(statistic, once)) for side in (scored_a, scored_b))
-    sentence = _sentence(
-        SCORE_NAMES[statistic], names, (value_a, value_b), interval, draws.shape[1]
-    )
+    drawn = describe_draws(draws.shape[1], count_groups(truth, groups))
+    sentence = _sentence(SCORE_NAMES[statistic], names, (value_a, value_b), interval, drawn)
     return Comparison(value_a, value_b, interval.value, interval.low, interval.high, sentence)
 
 
@@ -233,6 +276,16 @@ def draw_images(
         return np.zeros((samples, 0), dtype=np.int64)
     shares = np.full(len(number_of), 1 / len(number_of))
     return np.random.default_rng(seed).multinomial(len(number_of), shares, size=samples)[:, group]
+
+
+def count_groups(truth: Truth, groups: Mapping[int, Hashable] | None) -> int | None:
+    """Return the number of groups of the truth's images, None if there are no groups."""
+    return None if groups is None else len({groups[k] for k in _image_ids(truth)})
+
+
+def describe_draws(images: int, groups: int | None) -> str:
+    """Return what is drawn in words: "27 images", or "6 groups of 45 images"."""
+    return f"{images} images" if groups is None else f"{groups} groups of {images} images"
 
 
 def _middle(value: float, drawn: np.ndarray) -> Interval:
@@ -288,7 +341,7 @@ def _sentence(
     names: tuple[str, str],
     values: tuple[float | None, float | None],
     interval: Interval,
-    images: int,
+    drawn: str,
 ) -> str:
     """Return a comparison in words."""
     if interval.value is None:
@@ -299,7 +352,7 @@ def _sentence(
     return (
         f"{shown} is {values[1]:.3f} with {names[1]} and {values[0]:.3f} with {names[0]}: "
         f"{interval.value:+.3f} ({PERCENT} % interval {interval.low:+.3f} to "
-        f"{interval.high:+.3f}, {images} images); {verdict}."
+        f"{interval.high:+.3f}, {drawn}); {verdict}."
     )
 
 

@@ -9,7 +9,7 @@ of the masks, but for F_d, which compares the centroids of all nuclei of an imag
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import starmap
 
 import numpy as np
@@ -84,6 +84,7 @@ class NucleiReport:
         per_class_f_c: class name -> HoVer-Net's F_c (its `run_nuclei_type_stat`): of the pairs of
             F_d in which either side is of the class those of one class are TP, the others count
             as two errors each, and each nucleus of the class without a pair as one; pooled.
+        class_sums: class name -> what its scores are made of, float64 [I, 8] as `nuclei_sums`.
     """
 
     pooled: NucleiScores
@@ -91,6 +92,7 @@ class NucleiReport:
     per_image: dict[int, NucleiScores]
     per_class: dict[str, NucleiScores]
     per_class_f_c: dict[str, float | None]
+    class_sums: dict[str, np.ndarray]
 
     def table(self) -> str:
         """Return the scores as a Markdown table; "-" where there is no nucleus."""
@@ -99,14 +101,6 @@ class NucleiReport:
             for name, shown in NUCLEI_NAMES.items()
         ]
         return scores_table(("pooled", "mean over images"), rows)
-
-    def class_table(self) -> str:
-        """Return the scores of each class as a Markdown table."""
-        rows = [
-            (name, *astuple(scores), self.per_class_f_c[name])
-            for name, scores in self.per_class.items()
-        ]
-        return scores_table((*NUCLEI_NAMES.values(), "F_c"), rows)
 
 
 @dataclass(frozen=True)
@@ -182,6 +176,7 @@ def score_nuclei(
     seen = sums[:, 0] > 0
     means = {name: values[seen].mean() if seen.any() else np.nan for name, values in ratios.items()}
     classes = {category["name"]: category["id"] for category in truth["categories"]}
+    class_sums = {name: _class_sums(images, label) for name, label in classes.items()}
     return NucleiReport(
         pooled=_scores(nuclei_ratios(sums.sum(axis=0))),
         mean=_scores(means),
@@ -189,8 +184,11 @@ def score_nuclei(
             image["id"]: _scores({name: values[k] for name, values in ratios.items()})
             for k, image in enumerate(truth["images"])
         },
-        per_class={name: _class_scores(images, label) for name, label in classes.items()},
+        per_class={
+            name: _class_scores(images, label, class_sums[name]) for name, label in classes.items()
+        },
         per_class_f_c={name: _class_f_c(images, pairs, label) for name, label in classes.items()},
+        class_sums=class_sums,
     )
 
 
@@ -353,12 +351,16 @@ def _aji_sums(image: _Painted) -> tuple[int, int]:
     return shared[best].sum(), union[best].sum() + apart
 
 
-def _class_scores(images: Iterable[_Painted], category_id: int) -> NucleiScores:
-    """Return the pooled scores of one class alone; all None without truth."""
+def _class_sums(images: Iterable[_Painted], category_id: int) -> np.ndarray:
+    """Return the sums of the nuclei of one class alone, float64 [I, 8]."""
     parts = [image.of_class(category_id) for image in images]
-    if not any(part.areas.any() for part in parts):
+    return _stack([_sums(part, _count(_pair_centres(part))) for part in parts])
+
+
+def _class_scores(images: Iterable[_Painted], category_id: int, sums: np.ndarray) -> NucleiScores:
+    """Return the pooled scores of one class alone; all None without truth."""
+    if not any(image.areas[image.labels == category_id].any() for image in images):
         return NucleiScores(*[None] * len(NUCLEI_NAMES))
-    sums = _stack([_sums(part, _count(_pair_centres(part))) for part in parts])
     return _scores(nuclei_ratios(sums.sum(axis=0)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cellseg.coco import Record
 from cellseg.evaluation.matches import Matches, average_precision, match_records
-from cellseg.evaluation.pairs import find_pairs
+from cellseg.evaluation.pairs import find_pairs, take_cells
 from cellseg.evaluation.scores import Truth, check_fit
 
 FOUND_IOU = 0.5  # t_f of TIDE
@@ -91,7 +91,9 @@ def find_overlaps(truth: Truth, records: Sequence[Record]) -> Overlaps:
     own, own_iou = _most(record[same], cell[same], iou[same], len(records))
     other, other_iou = _most(record[~same], cell[~same], iou[~same], len(records))
     ranks = np.lexsort((image, -score, label))
+    rank_of = np.argsort(ranks)
     enough = same & (iou >= FOUND_IOU)
+    found = take_cells(rank_of[record[enough]], cell[enough], iou[enough], len(ranks))[rank_of]
     return Overlaps(
         category_ids=np.array(sorted(entry["id"] for entry in truth["categories"]), dtype=int),
         cells=cells,
@@ -99,7 +101,7 @@ def find_overlaps(truth: Truth, records: Sequence[Record]) -> Overlaps:
         image=image,
         label=label,
         score=score,
-        found=_found(record[enough], cell[enough], iou[enough], ranks),
+        found=found,
         ignored=_ignored(truth, records, ranks),
         own=own,
         own_iou=own_iou,
@@ -155,20 +157,6 @@ def _most(
     named, first = np.unique(record[order], return_index=True)
     best[named], best_iou[named] = cell[order[first]], iou[order[first]]
     return best, best_iou
-
-
-def _found(record: np.ndarray, cell: np.ndarray, iou: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Let records by rank take the free cell of the highest IoU (ties: the last); int64 [D]."""
-    found = np.full(len(ranks), -1)
-    place = np.empty(len(ranks), dtype=np.int64)
-    place[ranks] = np.arange(len(ranks))
-    order = np.lexsort((-cell, -iou, place[record]))
-    taken: set[int] = set()
-    for k, c in zip(record[order].tolist(), cell[order].tolist(), strict=True):
-        if found[k] < 0 and c not in taken:
-            found[k] = c
-            taken.add(c)
-    return found
 
 
 def _ignored(truth: Truth, records: Sequence[Record], ranks: np.ndarray) -> np.ndarray:

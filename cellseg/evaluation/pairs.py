@@ -88,6 +88,28 @@ def pair_masks(
     return first[enough], second[enough] - len(records), iou[enough]
 
 
+def take_cells(record: np.ndarray, cell: np.ndarray, iou: np.ndarray, number: int) -> np.ndarray:
+    """Let records in turn take the free cell of the highest IoU, as COCO does (ties: the last).
+
+    Args:
+        record: int64 [P], the record of each pair; the lower the number, the sooner its turn.
+        cell: int64 [P], a cell that it may take.
+        iou: float64 [P].
+        number: of records.
+
+    Returns:
+        int64 [number], the cell of each record, -1 without one.
+    """
+    taken_by = np.full(number, -1)
+    order = np.lexsort((-cell, -iou, record))
+    gone: set[int] = set()
+    for k, c in zip(record[order].tolist(), cell[order].tolist(), strict=True):
+        if taken_by[k] < 0 and c not in gone:
+            taken_by[k] = c
+            gone.add(c)
+    return taken_by
+
+
 def positions_of(ids: np.ndarray) -> dict[int, np.ndarray]:
     """Return for each id the positions where it stands, ascending."""
     order = np.argsort(ids, kind="stable")

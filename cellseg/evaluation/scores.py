@@ -11,7 +11,7 @@ from cellseg import markdown
 from cellseg.coco import Record, group_by_image, instance_map_to_rles, xyxy_to_xywh
 from cellseg.errors import RecordsError
 from cellseg.evaluation.matches import average_precision, match_records
-from cellseg.evaluation.pairs import pair_masks
+from cellseg.evaluation.pairs import pair_masks, take_cells
 from cellseg.overlap import MaskLine
 
 COCO_CAP = 100  # detections per image and class that pycocotools counts
@@ -180,7 +180,7 @@ def confusion_matrix(
     """Return how often a cell of one class was found as another, with background.
 
     Cells are matched whatever their class: records in order of their score (ties: the order
-    given) each take the free cell of the truth with the highest mask IoU.
+    given) each take the free cell of the truth with the highest mask IoU (ties: the last).
 
     Args:
         truth: COCO dict as `truth_from_targets` makes it.
@@ -207,21 +207,9 @@ def confusion_matrix(
         image_records = sorted(found.get(image_id, []), key=lambda record: -record["score"])
         rows = np.array([index[cell["category_id"]] for cell in image_cells] + [background])
         columns = np.array([index[entry["category_id"]] for entry in image_records] + [background])
-        matched = _match(image_cells, image_records, iou_threshold)
+        pairs = pair_masks(image_records, image_cells, iou_threshold=iou_threshold)
+        matched = take_cells(*pairs, len(image_records))
         missed = np.setdiff1d(np.arange(len(image_cells)), matched)
         np.add.at(matrix, (rows[matched], columns[:-1]), 1)  # -1, no match, is background
         np.add.at(matrix, (rows[missed], background), 1)
     return matrix
-
-
-def _match(cells: list[dict], records: list[Record], iou_threshold: float) -> np.ndarray:
-    """Return for each record of one image, best first, the cell that it takes, or -1."""
-    matched = np.full(len(records), -1, dtype=np.int64)
-    record, cell, iou = pair_masks(records, cells, iou_threshold=iou_threshold)
-    order = np.lexsort((cell, -iou, record))
-    taken: set[int] = set()
-    for k, c in zip(record[order].tolist(), cell[order].tolist(), strict=True):
-        if matched[k] < 0 and c not in taken:
-            matched[k] = c
-            taken.add(c)
-    return matched

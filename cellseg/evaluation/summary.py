@@ -9,7 +9,14 @@ import numpy as np
 from cellseg.coco import Record
 from cellseg.evaluation.analysis import ErrorReport, explain_errors
 from cellseg.evaluation.curves import Calibration, ClassCurve, calibrate, class_curves
-from cellseg.evaluation.intervals import Interval, class_bootstrap, image_bootstrap
+from cellseg.evaluation.intervals import (
+    Interval,
+    class_bootstrap,
+    class_nuclei_bootstrap,
+    count_groups,
+    describe_draws,
+    image_bootstrap,
+)
 from cellseg.evaluation.names import AP_SHOWN, NUCLEI_NAMES, SCORE_NAMES
 from cellseg.evaluation.nuclei import NucleiReport, score_nuclei
 from cellseg.evaluation.scores import (
@@ -31,6 +38,7 @@ class Evaluation:
         intervals: the names of `AP_SHOWN` and of the nuclei scores -> score with 95 % interval.
         class_intervals: class name -> AP50 with 95 % interval.
         nuclei: PQ, AJI and so on, of one record a nucleus (`settle_classes`).
+        class_nuclei: class name -> nuclei score -> the same with 95 % interval.
         matrix: int64 [C + 1, C + 1], see `confusion_matrix`.
         curves: class name -> its precision-recall curve.
         errors: what AP50 loses to each kind of error.
@@ -44,6 +52,7 @@ class Evaluation:
     intervals: dict[str, Interval]
     class_intervals: dict[str, Interval]
     nuclei: NucleiReport
+    class_nuclei: dict[str, dict[str, Interval]]
     matrix: np.ndarray
     curves: dict[str, ClassCurve]
     errors: ErrorReport
@@ -59,19 +68,21 @@ class Evaluation:
         return scores_table(("value", "from", "to"), rows)
 
     def class_table(self) -> str:
-        """Return the scores of each class as a Markdown table; from and to are those of AP50."""
-        nuclei = self.nuclei
-        rows = [
-            (name, *astuple(at), *astuple(nuclei.per_class[name]), nuclei.per_class_f_c[name])
-            for name, at in self.class_intervals.items()
-        ]
-        return scores_table(("AP50", "from", "to", *NUCLEI_NAMES.values(), "F_c"), rows)
+        """Return the scores of each class as a Markdown table, AP50 and PQ with their intervals."""
+        others = [name for name in NUCLEI_NAMES if name != "pq"]
+        rows = []
+        for name, at in self.class_intervals.items():
+            nuclei = self.class_nuclei[name]
+            rest = [nuclei[key].value for key in others]
+            rows.append(
+                (name, *astuple(at), *astuple(nuclei["pq"]), *rest, self.nuclei.per_class_f_c[name])
+            )
+        shown = [NUCLEI_NAMES[name] for name in others]
+        return scores_table(("AP50", "from", "to", "PQ", "from", "to", *shown, "F_c"), rows)
 
     def summary(self) -> str:
         """Return the tables and what they are made of, as Markdown."""
-        drawn = f"{self.images} images"
-        if self.groups is not None:
-            drawn = f"{self.groups} groups of the {drawn}"
+        drawn = describe_draws(self.images, self.groups)
         return "\n\n".join(
             (
                 self.table(),
@@ -96,6 +107,10 @@ class Evaluation:
             "nuclei_per_class": {
                 name: asdict(scores) | {"f_c": nuclei.per_class_f_c[name]}
                 for name, scores in nuclei.per_class.items()
+            },
+            "nuclei_intervals_per_class": {
+                name: {key: asdict(at) for key, at in scores.items()}
+                for name, scores in self.class_nuclei.items()
             },
         }
 
@@ -127,18 +142,20 @@ def evaluate_records(
     """
     settled, cut = settle_classes(records), {"score_threshold": score_threshold}
     drawn = {"statistics": tuple(NUCLEI_NAMES), "groups": groups} | cut
+    nuclei = score_nuclei(truth, settled, **cut)
     return Evaluation(
         scores=score_records(truth, records),
         intervals=image_bootstrap(truth, records, statistics=AP_SHOWN, groups=groups)
         | image_bootstrap(truth, settled, **drawn),
         class_intervals=class_bootstrap(truth, records, groups=groups),
-        nuclei=score_nuclei(truth, settled, **cut),
+        nuclei=nuclei,
+        class_nuclei=class_nuclei_bootstrap(truth, nuclei, groups=groups),
         matrix=confusion_matrix(truth, records, iou_threshold=iou_threshold, **cut),
         curves=class_curves(truth, records),
         errors=explain_errors(truth, records),
         calibration=calibrate(truth, records),
         images=len(truth["images"]),
-        groups=None if groups is None else len({groups[image["id"]] for image in truth["images"]}),
+        groups=count_groups(truth, groups),
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
     )

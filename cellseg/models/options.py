@@ -54,7 +54,7 @@ class DetectorOptions:
             place of one.
         mask_quality: scores are multiplied by this power of the mean probability of their mask's
             pixels over one half; 0 leaves them as they are.
-        score_threshold: detections below it are dropped, 0-1.
+        score_threshold: detections of this score or less are dropped, 0-1.
         nms_threshold: box IoU over which two detections of one class are one cell, 0-1.
         seed: of the weights that are drawn at random.
     """
