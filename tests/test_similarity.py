@@ -185,6 +185,8 @@ def test_the_table_counts_what_leaks():
     text = leaks_table(pairs, rows=2)
     assert "1 the same pixels, 2 colour and texture" in text
     assert "| a | x | 0.000 | the same pixels |" in text and "| c |" not in text
+    odd = leaks_table([Nearest("a|*b*", "<i>", 0.0, SAME)])
+    assert "| a&#124;&#42;b&#42; | &#60;i&#62; | 0.000 |" in odd
 
 
 def test_the_figure_shows_both_images_of_each_pair(dataset):

@@ -142,7 +142,10 @@ def leaks_table(nearest: Sequence[Nearest], *, rows: int = 10) -> str:
     told = ", ".join(f"{count} {cue}" for cue, count in counts.items() if count)
     closest = markdown.table(
         ("validation", "nearest in training", "distance", "in common"),
-        [(p.val_id, p.train_id, f"{p.distance:.3f}", p.cue) for p in nearest[:rows]],
+        [
+            (markdown.escape(p.val_id), markdown.escape(p.train_id), f"{p.distance:.3f}", p.cue)
+            for p in nearest[:rows]
+        ],
     )
     return (
         f"{len(nearest)} validation images have in common with their nearest training image: "
