@@ -68,7 +68,10 @@ def compose(
 
 
 def _rpn(options: DetectorOptions, *, deep: bool) -> CellRPN:
-    """Return the region proposal network."""
+    """Return the region proposal network, with thresholds and shares of Faster R-CNN.
+
+    (Ren et al., 2015: an anchor is a cell from IoU 0.7 on, none below 0.3.)
+    """
     sizes = tuple((size,) for size in options.anchor_sizes)
     anchors = Float32Anchors(sizes, (ASPECT_RATIOS,) * len(sizes))
     head = Float32RPNHead(
@@ -113,7 +116,10 @@ def _box_parts(
     iou: float = 0.5,
     box_weights: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
-    """Return what finds boxes: pooling, head, predictor, and how they are trained."""
+    """Return what finds boxes: pooling, head, predictor, and how they are trained.
+
+    A quarter of the RoIs are cells at most, as in Girshick, Fast R-CNN, 2015.
+    """
     channels, size, width = options.fpn_channels, options.box_roi_size, options.head_width
     if norm_layer is None:
         head: nn.Module = TwoMLPHead(channels * size**2, width)
