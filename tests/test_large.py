@@ -42,6 +42,7 @@ LAYOUTS = {
     "planes": {"planarconfig": "separate"},
     "BigTIFF": {"bigtiff": True, "tile": (32, 32)},
     "big endian": {"byteorder": ">", "tile": (32, 32), "compression": "zlib"},
+    "plain big endian": {"byteorder": ">"},
 }
 
 
@@ -81,7 +82,9 @@ def test_windows_equal_the_whole_image(tmp_path, layout, channels):
     assert_windows_equal_the_whole(path, swapped=True)
 
 
-@pytest.mark.parametrize("layout", ["plain", "strips of deflate", "tiles of LZW", "big endian"])
+@pytest.mark.parametrize(
+    "layout", ["plain", "plain big endian", "strips of deflate", "tiles of LZW", "big endian"]
+)
 @pytest.mark.parametrize(
     ("dtype", "highest"), [(np.uint16, 200), (np.uint16, 3000), (np.uint16, 0), (np.float32, 0)]
 )

@@ -213,7 +213,7 @@ def test_class_names_decide_how_many_maps_there_may_be(tmp_path):
 
 def test_other_files_are_passed_over(tmp_path):
     folder = write_sample(tmp_path / "a", plain_image(1, 3))
-    for name in ("notes.txt", "._image.tif", ".class9.tif", "overview.png"):
+    for name in ("notes.txt", "._image.tif", ".class9.tif", "overview.png", "overview.tif"):
         (folder / name).write_bytes(b"x")
     assert reading.find_sample_files(folder).paths == [folder / "image.tif"]
 
@@ -241,6 +241,13 @@ def test_image_of_every_kind_is_rgb_of_8_bit(tmp_path, pixels, expected, reason)
     assert image.dtype == np.uint8
     assert image.shape == (1, 1, 3)
     assert image[0, 0].tolist() == expected, reason
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "lzw"}], ids=["plain", "lzw"])
+def test_16_bit_in_the_other_order_of_bytes_is_the_same_image(tmp_path, options):
+    pixels = np.uint16([[0, 2048, 4095]])
+    tifffile.imwrite(tmp_path / "image.tif", pixels, byteorder=">", **options)
+    assert reading.read_image(tmp_path / "image.tif")[0, :, 1].tolist() == [0, 128, 255]
 
 
 def test_planes_stored_apart_and_white_stored_as_zero(tmp_path):
@@ -438,7 +445,9 @@ def test_palette_png_is_refused(tmp_path):
     from PIL import Image
 
     Image.new("P", (6, 4)).save(tmp_path / "image.png")
-    with pytest.raises(DataError, match=r"image\.png is a palette image"):
+    with pytest.raises(
+        DataError, match=r"image\.png is a palette image; save an image as RGB, a m"
+    ):
         reading.read_image(tmp_path / "image.png")
 
 

@@ -128,7 +128,7 @@ def _read_png(path: Path, head: bytes, max_pixels: int) -> np.ndarray:
     """Return the pixels of a PNG file whose first 26 bytes are `head`."""
     _png_size(path, head, max_pixels)
     if head[25] == _PNG_PALETTE:
-        raise DataError(f"{path} is a palette image; save it as grey or RGB")
+        raise DataError(f"{path} is a palette image; save an image as RGB, a map of ids as grey")
     try:
         return imagecodecs.png_decode(path.read_bytes())
     except CODEC_ERRORS as error:

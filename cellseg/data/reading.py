@@ -82,9 +82,10 @@ def find_sample_files(folder: str | Path, class_names: Sequence[str] = CLASS_NAM
         raise DataError(f"{folder} is not a folder; check the path of the data")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-            continue
         stem = path.stem.lower()
+        meant = stem == "image" or stem.startswith("class")
+        if not meant or path.suffix.lower() not in SUFFIXES:
+            continue
         if stem in found:
             raise DataError(
                 f"{folder} holds both {found[stem].name} and {path.name}; remove the one that is "
@@ -96,7 +97,7 @@ def find_sample_files(folder: str | Path, class_names: Sequence[str] = CLASS_NAM
         raise DataError(f"{folder} holds no image.tif or image.png; add it or remove the folder")
     labels = {f"class{label}": label for label in range(1, len(class_names) + 1)}
     for stem, path in found.items():
-        if stem.startswith("class") and stem not in labels:
+        if stem not in labels:
             raise DataError(
                 f"{path} is an unknown class file: {len(class_names)} class names are set, for "
                 f"class1 to class{len(class_names)}; add its name or remove the file"
@@ -167,7 +168,7 @@ def _part_channels(pixels: np.ndarray, planes: np.ndarray) -> None:
 
 def _to_uint8(pixels: np.ndarray, path: str | Path, highest: int | None) -> np.ndarray:
     """Return pixels of 16 bit, or floats in 0-1, as uint8 (rule: see `read_image`)."""
-    if pixels.dtype == np.uint16:
+    if is_16_bit(pixels):
         highest = int(pixels.max()) if highest is None else highest
         scale = next(full for full in (255, 4095, 65535) if highest <= full)
         return ((pixels.astype(np.uint32) * 255 + scale // 2) // scale).astype(np.uint8)
@@ -179,6 +180,11 @@ def _to_uint8(pixels: np.ndarray, path: str | Path, highest: int | None) -> np.n
             )
         return np.rint(pixels * 255).astype(np.uint8)
     raise DataError(f"{path} stores its pixels as {pixels.dtype}; save it with 8 or 16 bit")
+
+
+def is_16_bit(pixels: np.ndarray) -> bool:
+    """Tell whether pixels are unsigned, of 16 bit, in either order of bytes."""
+    return pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
 
 
 def count_cells(files: SampleFiles, num_labels: int) -> list[int]:

@@ -25,7 +25,7 @@ from cellseg.data.decoding import (
     read_head,
     read_pixels,
 )
-from cellseg.data.reading import pixels_to_rgb
+from cellseg.data.reading import is_16_bit, pixels_to_rgb
 from cellseg.errors import DataError
 
 MAX_KEPT_BYTES = 2**29
@@ -67,7 +67,7 @@ class ImageWindows:
         if not (0 <= left < right <= self.size[1] and 0 <= top < bottom <= self.size[0]):
             raise ValueError(f"window {window} is not within an image of {self.size}")
         pixels = self._read_stored(window)
-        highest = self._highest if pixels.dtype == np.uint16 else None
+        highest = self._highest if is_16_bit(pixels) else None
         return pixels_to_rgb(pixels, self.path, swapped=self.swapped, highest=highest)
 
     @cached_property
