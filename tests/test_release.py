@@ -158,6 +158,19 @@ def test_release_dir_may_be_an_archive(project, tmp_path):
     assert find_release(project, release_dir=archive).root == project / "hw3-data-release"
 
 
+def test_another_archive_than_the_folder_came_from_is_told_and_not_passed_over(project, tmp_path):
+    first = write_tar(project / "hw3-data-release.tar.gz", FILES)
+    release = find_release(project, extra_places=[])
+    assert find_release(project, release_dir=first) == release
+    (tmp_path / "new").mkdir()
+    newer = write_tar(tmp_path / "new" / "hw3-new.tgz", FILES | {"train/s2/image.tif": b"more"})
+    for named in (newer, newer.parent):
+        with pytest.raises(DataError, match=r"another archive than .*hw3-new\.tgz; rename that"):
+            find_release(project, release_dir=named)
+    (release.root / ".extracted").write_text("extracted whole\n")  # as it was written before
+    assert find_release(project, release_dir=newer) == release
+
+
 def test_junk_of_macos_is_left_out(project):
     junk = {"__MACOSX/train/._s1": b"", "train/s1/._image.tif": b"", "train/.DS_Store": b""}
     archive = write_zip(project / "hw3.zip", FILES | junk)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cellseg.data.archive import MAX_BYTES, MAX_FILES, is_archive, unpack
 from cellseg.errors import DataError
-from cellseg.files import read_json, write_atomically
+from cellseg.files import read_json, read_text, write_atomically
 from cellseg.markdown import first_few
 
 RELEASE_NAME = "hw3-data-release"
@@ -24,6 +24,7 @@ TEST_NAME = "test_release"
 INDEX_NAME = "test_image_name_to_ids.json"
 CLASSES_NAME = "class_names.json"
 MARKER_NAME = ".extracted"
+MARKER_TEXT = "extracted whole from an archive of {} bytes; remove this folder to extract again\n"
 DEFAULT_RELEASE_ID = "1B0qWNzQZQmfQP7x7o4FDdgb9GvPDoFzI"
 """The archive of 2025 on Google Drive."""
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
@@ -87,8 +88,9 @@ def find_release(
         the release, or None if there is none.
 
     Raises:
-        DataError: if `release_dir` holds no release, if the project's own folder holds a part of
-            one only, or if the archive is damaged.
+        DataError: if `release_dir` holds no release or is another archive than the one that the
+            project's folder came from, if that folder holds a part of a release only, or if the
+            archive is damaged.
     """
     project = Path(project_dir)
     target = project / RELEASE_NAME
@@ -116,18 +118,31 @@ def find_release(
 def _explicit_release(path: Path, target: Path) -> Release:
     """Return the release at a path from the settings."""
     if path.is_file():
-        return extract_archive(path, target)
+        return _extract_named(path, target)
     if not path.is_dir():
         raise DataError(f"release_dir {path} does not exist; correct the setting")
     for folder in _folders(path, 1):
         if (folder / TRAIN_NAME).is_dir():
             return _release_at(folder)
     for archive in _archives([path]):
-        return extract_archive(archive, target)
+        return _extract_named(archive, target)
     raise DataError(
         f"release_dir {path} holds no {TRAIN_NAME}/ folder and no archive of one; set it to the "
         "folder that does"
     )
+
+
+def _extract_named(archive: Path, target: Path) -> Release:
+    """Extract the archive that the settings name, unless the target came from another one."""
+    marker = target / MARKER_NAME
+    told = read_text(marker) if marker.is_file() else ""
+    known = told.startswith(MARKER_TEXT.split("{}")[0])  # not in folders of earlier versions
+    if known and told != MARKER_TEXT.format(archive.stat().st_size):
+        raise DataError(
+            f"{target} was extracted from another archive than {archive}; rename that folder, or "
+            "set release_dir to it"
+        )
+    return extract_archive(archive, target)
 
 
 def _is_extracted(folder: Path) -> bool:
@@ -246,13 +261,13 @@ def extract_archive(
         if not found:
             parts = f"{TRAIN_NAME}/, {TEST_NAME}/ and {INDEX_NAME}"
             raise _NoRelease(f"{archive} does not hold {parts} side by side; is it the release?")
-        _move_in(found[0], target)
+        _move_in(found[0], target, archive.stat().st_size)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return _release_at(target)
 
 
-def _move_in(source: Path, target: Path) -> None:
+def _move_in(source: Path, target: Path, archive_bytes: int) -> None:
     """Move the three parts into the target and write the marker."""
     target.mkdir(exist_ok=True)
     for name in (TRAIN_NAME, TEST_NAME, INDEX_NAME):
@@ -260,7 +275,7 @@ def _move_in(source: Path, target: Path) -> None:
             olds = (target / f"{name}.old{number or ''}" for number in count())
             (target / name).rename(next(old for old in olds if not old.exists()))
         (source / name).rename(target / name)
-    write_atomically(target / MARKER_NAME, "extracted whole; remove to extract again\n")
+    write_atomically(target / MARKER_NAME, MARKER_TEXT.format(archive_bytes))
 
 
 def download_release(project_dir: str | Path, *, file_id: str = DEFAULT_RELEASE_ID) -> Release:
