@@ -130,14 +130,14 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the content of a text file.
+    """Return the content of a text file, without the mark of UTF-8 that Windows puts first.
 
     Raises:
         DataError: if the file is missing, cannot be opened, or is not UTF-8.
     """
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the path") from None
     except OSError as error:

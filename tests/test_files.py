@@ -6,7 +6,7 @@ import os
 import pytest
 
 from cellseg.errors import DataError, SettingsError
-from cellseg.files import check_writable, open_atomically, read_json, tell_refusal
+from cellseg.files import check_writable, open_atomically, read_json, read_text, tell_refusal
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -52,6 +52,12 @@ def test_another_files_fault_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, open_atomically(tmp_path / "x.json"):
         (tmp_path / "other").read_bytes()
     assert tell_refusal(caught.value).startswith(f"{tmp_path / 'other'}: No such file")
+
+
+def test_the_mark_that_windows_puts_before_utf_8_is_no_content(tmp_path):
+    (tmp_path / "x.json").write_text('["é"]', encoding="utf-8-sig")
+    assert read_text(tmp_path / "x.json") == '["é"]'
+    assert read_json(tmp_path / "x.json") == ["é"]
 
 
 @pytest.mark.parametrize(
