@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import pickle
 
 import numpy as np
@@ -64,6 +65,15 @@ def test_hidden_and_foreign_entries_are_no_samples(train_dir):
     (train_dir / "__MACOSX").mkdir()
     (train_dir / "notes.txt").write_text("x", encoding="utf-8")
     assert CellDataset(train_dir).sample_ids == ["a", "b", "c", "d"]
+
+
+def test_a_folder_whose_name_no_result_could_hold_is_told(train_dir):
+    try:
+        (train_dir / os.fsdecode(b"caf\xe9")).mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    with pytest.raises(DataError, match=r"holds the folder 'caf\\udce9', no name in UTF-8; rename"):
+        CellDataset(train_dir)
 
 
 def test_subset_keeps_image_ids_and_channel_order(tmp_path):

@@ -106,7 +106,7 @@ class SampleCache:
 
     def _entry_path(self, files: SampleFiles) -> Path:
         """Return where the entry of a sample lies; samples of one name in two places have two."""
-        place = hashlib.sha256(os.path.abspath(files.folder).encode()).hexdigest()
+        place = hashlib.sha256(os.fsencode(os.path.abspath(files.folder))).hexdigest()
         return self.folder / f"{files.folder.name[:40]}-{place[:12]}.cells"
 
     def _is_valid(self, name: str, entry: _Entry, files: SampleFiles) -> bool:

@@ -286,7 +286,8 @@ def list_sample_ids(train_dir: str | Path) -> list[str]:
     """Return the names of the sample folders in a folder, sorted; hidden ones are left out.
 
     Raises:
-        DataError: if the folder is missing or holds no folder.
+        DataError: if the folder is missing, holds no folder, or one whose name is not UTF-8, which
+            could be written into no result.
     """
     train_dir = Path(train_dir)
     if not train_dir.is_dir():
@@ -294,6 +295,8 @@ def list_sample_ids(train_dir: str | Path) -> list[str]:
     names = [p.name for p in train_dir.iterdir() if p.is_dir() and p.name[0] not in "._"]
     if not names:
         raise DataError(f"{train_dir} holds no sample folders; check the path of the training data")
+    if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise DataError(f"{train_dir} holds the folder {odd[0]!r}, no name in UTF-8; rename it")
     return sorted(names)
 
 
