@@ -10,7 +10,7 @@ import tifffile
 from cellseg.data.release import find_release, read_test_index
 from cellseg.data.sample import make_sample_release
 from cellseg.data.tissue import AREAS, DENSITY, make_tissue
-from cellseg.errors import DataError
+from cellseg.errors import DataError, SettingsError
 from cellseg.files import digest_files
 
 
@@ -128,6 +128,14 @@ def test_a_broken_drawing_is_drawn_again(tmp_path):
     release.index_path.unlink()
     index = make_sample_release(tmp_path, **arguments).index_path
     assert len(json.loads(index.read_text(encoding="utf-8"))) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"train_images": -1}, {"seed": -1}], ids=str)
+def test_numbers_that_cannot_be_are_told_before_anything_is_drawn(wrong, tmp_path):
+    [name] = wrong
+    with pytest.raises(SettingsError, match=f"{name} is {wrong[name]}; give"):
+        make_sample_release(tmp_path, **{"train_images": 1, "test_images": 0} | wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_that_is_no_made_tissue_is_left_alone(tmp_path):

@@ -11,7 +11,7 @@ import tifffile
 
 from cellseg.data.release import INDEX_NAME, TEST_NAME, TRAIN_NAME, Release
 from cellseg.data.tissue import DENSITY, make_tissue
-from cellseg.errors import DataError
+from cellseg.errors import DataError, check_at_least
 from cellseg.files import read_json, write_atomically
 
 _VERSION = 1  # of the drawing: count it up when the pixels change
@@ -45,7 +45,10 @@ def make_sample_release(
 
     Raises:
         DataError: if the folder holds a release that is not made tissue.
+        SettingsError: if a number is below 0, or the side below 1.
     """
+    check_at_least(0, train_images=train_images, test_images=test_images, seed=seed)
+    check_at_least(1, image_size=image_size)
     root, index = Path(root), []
     release = Release(root, root / TRAIN_NAME, root / TEST_NAME, root / INDEX_NAME)
     recipe = [_VERSION, train_images, test_images, seed, image_size]
