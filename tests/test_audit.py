@@ -122,6 +122,11 @@ def test_the_command_tells_what_leaks_in_a_run(copied, tmp_path):
     assert (run / "figures" / "leaks.png").exists()
 
 
+def test_a_figure_of_leaks_needs_samples_held_out(copied, tmp_path):
+    told = audit_command(copied, "--leaks-figure", tmp_path / "x.png")
+    assert "shows what is held out; give --val-ids or --run" in str(told.exception)
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from cellseg.data import CellDataset
     from cellseg.interchange import Picture
 
+FOLDERS = ("labels", "geojson")
+"""Formats of `export` that are one file an image."""
+
 
 @app.command()
 def sample(
@@ -71,6 +74,8 @@ def audit(
     from cellseg.data import audit as audit_dataset
     from cellseg.report import check_figure_path, plot_audit, save_figure
 
+    if leaks_figure is not None and run is None and val_ids is None:
+        raise SettingsError("--leaks-figure shows what is held out; give --val-ids or --run")
     if run is not None and leaks_figure is None:
         leaks_figure = run / "figures" / "leaks.png"
     for path in filter(None, (figure, leaks_figure)):
@@ -171,6 +176,7 @@ def export_cells(
     }
     if to not in writers:
         raise SettingsError(f"--to is {to!r}; use one of {', '.join(writers)}")
+    check_writable(output, folder=to in FOLDERS)
     names = pick_names(class_names, images or source)
     pictures, cells = _read_cells(source, images, names, read_ids(ids))
     kept = interchange.cells_by_picture(pictures, cells, score_threshold=score_threshold)
