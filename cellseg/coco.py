@@ -92,37 +92,23 @@ def runs_to_rles(
     Returns:
         list of `num_masks` RLEs.
     """
-    total = size[0] * size[1]
-    joined = np.zeros(len(start), dtype=bool)
-    joined[1:] = (owner[1:] == owner[:-1]) & (start[1:] == end[:-1])
-    first = ~joined
-    last = np.ones(len(start), dtype=bool)
-    last[:-1] = first[1:]
-    owner, start, end = owner[first], start[first], end[last]
-
+    begins = np.ones(len(start), dtype=bool)  # runs that touch are one
+    begins[1:] = (owner[1:] != owner[:-1]) | (start[1:] != end[:-1])
+    owner, start, end = owner[begins], start[begins], end[np.append(begins, True)[1:]]
     runs = np.bincount(owner, minlength=num_masks)
-    edges = np.stack([start, end], axis=1).reshape(-1)
-    # Boundaries of all masks behind one another: 0, start, end, start, end, ..., total.
-    lengths = 2 * runs + 2
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    bounds = np.empty(offsets[-1], dtype=np.int64)
-    bounds[offsets[:-1]] = 0
-    bounds[offsets[1:] - 1] = total
-    inner = np.ones(len(bounds), dtype=bool)
-    inner[offsets[:-1]] = False
-    inner[offsets[1:] - 1] = False
-    bounds[inner] = edges
-
-    # A count is the distance to the boundary before it; what crosses from mask to mask goes, and
-    # so does a last background run of no pixels, which COCO does not write.
-    counts = np.diff(bounds)
-    keep = np.ones(len(counts), dtype=bool)
-    keep[offsets[1:-1] - 1] = False
-    closing = offsets[1:] - 2
-    keep[closing] &= ~((counts[closing] == 0) & (runs > 0))
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    count_offsets = kept_before[np.minimum(offsets, len(counts))]
-    strings = encode_counts(counts[keep], count_offsets)
+    place = index_within(runs)
+    before = start - np.where(place > 0, np.roll(end, 1), 0)
+    last_end = np.zeros(num_masks, dtype=np.int64)
+    last_end[owner] = end  # the last one of each mask stays
+    rest = size[0] * size[1] - last_end
+    # A last background run of no pixels is not written, unless the mask has no other.
+    closes = (rest > 0) | (runs == 0)
+    offsets = np.concatenate([[0], np.cumsum(2 * runs + closes)])
+    counts = np.empty(offsets[-1], dtype=np.int64)
+    first = offsets[owner] + 2 * place
+    counts[first], counts[first + 1] = before, end - start
+    counts[offsets[1:][closes] - 1] = rest[closes]
+    strings = encode_counts(counts, offsets)
     return [{"size": [int(size[0]), int(size[1])], "counts": string} for string in strings]
 
 
