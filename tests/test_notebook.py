@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from tiny_sets import RECTANGLE, TWO_CELLS, annotation, write_labels_set, write_set
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 from cellseg import coco
@@ -164,3 +165,31 @@ def test_with_a_release_it_is_the_users_own_run(tmp_path):
     settings = json.loads((executed.parent / "settings.json").read_text())
     assert settings["sample_data"] is False
     assert "re-made: roi_heads.box_predictor" in settings["provenance"]
+
+
+def coco_set(folder):
+    """Write a COCO file of two images and three cells; return it."""
+    cells = [annotation([RECTANGLE]), annotation([RECTANGLE], 7, image_id=6)]
+    return write_set(folder, [*cells, annotation([[0, 0, 2, 0, 2, 2]])], names=("a.png", "b.png"))[
+        0
+    ]
+
+
+def labels_set(folder):
+    """Write two images and their label TIFFs, of two cells and of one; return the folder."""
+    one_cell = np.where(TWO_CELLS == 1, 1, 0)
+    return write_labels_set(folder, {"labels/a.tif": TWO_CELLS, "labels/b.tif": one_cell})
+
+
+@pytest.mark.parametrize(
+    ("write", "found"), [(coco_set, {"spindle": 2, "round": 1}), (labels_set, {"cell": 3})]
+)
+def test_one_setting_takes_what_other_tools_write(write, found, tmp_path):
+    part = keep_sections(tmp_path, "Settings", "Setup", "Data")
+    parameters = {"release_dir": str(write(tmp_path / "set")), "runs_dir": str(tmp_path / "runs")}
+    executed = execute_notebook(part, tmp_path / "data.ipynb", parameters=parameters)
+    assert list((tmp_path / "runs" / "imported").glob("*/train/a/class1.tif"))
+    shown = markdown_of(executed)
+    assert "| number | 2, 0 without cells |" in shown and "drawn tissue" not in shown
+    for number, (name, cells) in enumerate(found.items(), start=1):
+        assert f"| {number} | {name} | {cells} |" in shown
