@@ -89,9 +89,9 @@ def test_gallery_shows_a_row_a_kind(case, channels_first):
     assert list(drawn) == ["wrong class", "duplicate", "background", "missed"]
     assert set(drawn) <= set(KINDS)
     titles = [axis.get_title() for axis in drawn.values()]
-    assert titles[0] == "lymphocyte as epithelial\nscore 0.70, IoU 1.00, image 4"
-    assert titles[2] == "lymphocyte\nscore 0.60, image 4"
-    assert titles[3] == "epithelial\n400 px², image 4"
+    assert titles[0] == "lymphocyte as epithelial\nscore 0.70, IoU 1.00\nimage 4"
+    assert titles[2] == "lymphocyte\nscore 0.60\nimage 4"
+    assert titles[3] == "epithelial\n400 px²\nimage 4"
     # Of the duplicate: the cell, the record that found it, and the record, each over an edge.
     lines = [c for c in drawn["duplicate"].collections if isinstance(c, LineCollection)]
     assert len(lines) == 6

@@ -33,7 +33,7 @@ from cellseg.report.style import (
 
 _CURVE_LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 _TRUE_LINE, _FOUND_LINE, _RIVAL_LINE = "-", (0.0, (3.0, 2.0)), (0.0, (1.0, 1.6))
-_TILE_INCHES = 1.75
+_TILE_INCHES = 1.55
 _LEAST_CROP = 48  # px
 _MARGIN = 0.5  # of the longer side of what is shown, on each side
 
@@ -130,7 +130,7 @@ def plot_gallery(
     rows = [(kind, list(group)) for kind, group in groupby(picks, key=lambda pick: pick.kind)]
     columns = max([len(group) for _, group in rows], default=1)
     figure = new_figure(
-        _TILE_INCHES * max(columns, 3) + 0.4, (_TILE_INCHES + 0.45) * max(len(rows), 1) + 0.7
+        _TILE_INCHES * max(columns, 3) + 0.4, (_TILE_INCHES + 0.6) * max(len(rows), 1) + 0.7
     )
     axes = figure.subplots(max(len(rows), 1), max(columns, 3), squeeze=False)
     for axis in axes.ravel():
@@ -228,7 +228,7 @@ def _window(entries: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> tupl
 
 
 def _pick_title(pick: Pick, class_names: Sequence[str]) -> str:
-    """Say what an error is in two short lines: classes; score, IoU or area, and the image."""
+    """Say what an error is in three short lines: classes; score, IoU or area; and the image."""
     names = [class_names[entry["category_id"] - 1] for entry in (pick.cell, pick.record) if entry]
     facts = []
     if pick.record is not None:
@@ -237,8 +237,7 @@ def _pick_title(pick: Pick, class_names: Sequence[str]) -> str:
         facts.append(f"IoU {pick.iou:.2f}")
     if pick.record is None:
         facts.append(f"{pick.cell['area']:,.0f} px²")
-    facts.append(f"image {pick.image_id}")
-    return " as ".join(dict.fromkeys(names)) + "\n" + ", ".join(facts)
+    return f"{' as '.join(dict.fromkeys(names))}\n{', '.join(facts)}\nimage {pick.image_id}"
 
 
 def _line_handles() -> list[Line2D]:
