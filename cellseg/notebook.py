@@ -15,6 +15,7 @@ from cellseg.errors import CellsegError, DataError, SettingsError
 from cellseg.files import read_json, write_atomically
 
 _RUN_DIR_CELL = "print(run_dir)"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute_notebook(
@@ -53,7 +54,12 @@ def execute_notebook(
     if parameters:
         _inject(notebook, parameters, path)
     folder = path.resolve().parent
-    client = _TellingClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}})
+    client = _TellingClient(
+        notebook,
+        timeout=timeout,
+        resources={"metadata": {"path": folder}},
+        extra_arguments=["--log-level=ERROR"],  # its warning of a port of this machine scares
+    )
     client.tell = tell
     failure, run_dir = None, None
     with client.setup_kernel():
@@ -63,6 +69,7 @@ def execute_notebook(
             failure = error
         if output_path is None and isinstance(failure, CellExecutionError | None):
             run_dir = _ask_run_dir(client)
+    _drop_widgets(notebook)
     output_path = Path(output_path or folder / (run_dir or "runs") / path.name)
     write_atomically(output_path, nbformat.writes(notebook) + "\n")
     if failure is not None:
@@ -154,6 +161,13 @@ def _ask_run_dir(client: _TellingClient) -> str | None:
     finally:
         client.nb.cells.pop()
     return probe.outputs[0].text.strip()
+
+
+def _drop_widgets(notebook: NotebookNode) -> None:
+    """Take away progress bars, of which a copy would show the beginning for ever."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if _WIDGET not in o.get("data", {})]
 
 
 def _failure_text(failure: Exception, notebook: NotebookNode, path: Path, output_path: Path) -> str:

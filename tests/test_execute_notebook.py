@@ -1,9 +1,13 @@
 """A notebook run outside Jupyter: settings overridden, copy saved, failures named."""
 
+import inspect
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from cellseg.cli.training import train
 from cellseg.errors import CellsegError, DataError, SettingsError
 from cellseg.notebook import execute_notebook
 
@@ -34,6 +38,14 @@ def test_parameters_replace_settings_and_the_copy_goes_to_the_run(tmp_path):
         "[1/4] Settings", "[2/4] Settings", "[3/4] Part 0", "    5 a", "[4/4] Part 1",
     ]  # fmt: skip
     assert path.read_bytes() == before
+
+
+def test_the_copy_holds_no_progress_bar_and_the_kernel_is_quiet(tmp_path, capfd):
+    bar = "from tqdm.auto import tqdm\nprint(sum(tqdm(range(3), desc='count', leave=False)))"
+    copy = execute_notebook(write_notebook(tmp_path, bar), tmp_path / "out.ipynb")
+    outputs = nbformat.read(copy, as_version=4).cells[-1].outputs
+    assert [output.get("text") for output in outputs] == ["3\n"]
+    assert "WARNING" not in capfd.readouterr().err
 
 
 def test_failing_cell_is_named_and_the_copy_saved(tmp_path):
@@ -77,3 +89,15 @@ def test_unknown_parameter_is_named(tmp_path):
     path = write_notebook(tmp_path)
     with pytest.raises(SettingsError, match="no setting speed; its settings are name, rounds"):
         execute_notebook(path, parameters={"speed": 1})
+
+
+def test_the_notebook_and_the_command_line_start_from_the_same_settings():
+    notebook = nbformat.read(Path(__file__).parents[1] / "Training.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    settings = {}
+    exec(cell.source, settings)
+    options = {name: row.default for name, row in inspect.signature(train).parameters.items()}
+    # None is the preset's weights, the data's names; a folder is a text in the notebook.
+    shared = settings.keys() & options.keys() - {"weights", "class_names", "runs_dir"}
+    assert {"val_fraction", "groups", "seed", "preset"} <= shared
+    assert {name: settings[name] for name in shared} == {name: options[name] for name in shared}

@@ -74,7 +74,7 @@ ValIds = Annotated[
     option("Samples to hold out: folder names with commas between, or a file of one a line."),
 ]
 ValFraction = Annotated[
-    float, typer.Option(help="Without --val-ids: share of the data to hold out.")
+    float, typer.Option(help="Without --val-ids: share of the data to hold out, as the notebook.")
 ]
 GroupsBy = Annotated[
     str,
@@ -120,7 +120,7 @@ def train(
     precision: Precision = None,
     settings: OtherSettings = None,
     val_ids: ValIds = None,
-    val_fraction: ValFraction = 0.2,
+    val_fraction: ValFraction = 0.25,
     groups: GroupsBy = "alike",
     folds: Annotated[int, option("Cross-validation with this many folds.")] = 0,
     train_on_all: TrainOnAll = False,
