@@ -4,31 +4,41 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from data_files import plain_image, write_sample
+from data_files import plain_image, stained_sample, write_sample
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cellseg import cli, data, presets
 from cellseg.cli import shared, training
 from cellseg.errors import SettingsError
 
-COMMANDS = [
-    "sample", "audit", "train", "predict", "evaluate", "compare", "ensemble", "report", "run",
-]  # fmt: skip
-
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_each_value_means(command):
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    assert "--help" in result.output
+def every_command(command, *names):
+    """Yield the words and the command of all commands below one."""
+    if not hasattr(command, "commands"):
+        yield names, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from every_command(below, *names, name)
+
+
+COMMANDS = dict(every_command(get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_what_each_value_means(words):
+    result = run(*words, "--help")
+    assert result.exit_code == 0 and "--help" in result.output
+    assert COMMANDS[words].help
+    assert [value.name for value in COMMANDS[words].params if not value.help] == []
 
 
 def test_our_errors_are_one_line_and_exit_code_1():
@@ -161,6 +171,50 @@ def test_images_that_are_alike_stay_on_one_side_of_the_split(tmp_path):
     splits = [training.divide(dataset, None, 0.3, "random", seed) for seed in range(5)]
     assert any(torn(split) for split in splits) and not any(split.groups for split in splits)
     assert training.divide(dataset, ["a"], 0.3, "alike", 0) == (list("bcdef"), ["a"], None)
+
+
+def test_each_option_of_train_reaches_the_part_that_it_is_for(tmp_path, monkeypatch):
+    for name in "abcde":
+        stained_sample(tmp_path / "train" / name)
+    monkeypatch.setattr(training, "_train_once", trained := Mock())
+    done = run(
+        "train", tmp_path / "train", "--preset", "quick", "--groups", "random",
+        "--val-fraction", 0.4, "--image-scale", 0.5, "--network-size", 64, "--batch-size", 3,
+        "--rois-per-image", 77, "--head-width", 33, "--learning-rate", 0.003, "--minutes", 2,
+        "--validate-every", 5, "--precision", "float32", "--runs-dir", tmp_path / "runs",
+        "--name", "r", "--on-change", "continue", "--save-minutes", 3, "--keep-checkpoints", 4,
+        "--tracker", "tensorboard", "--workers", 0, "--no-cache", "--seed", 6, "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (build, dataset, split, parts, *place), options = trained.call_args
+    assert (len(split.train_ids), len(split.val_ids), dataset.cache) == (3, 2, None)
+    model = {"weights": None, "seed": 6, "image_scale": 0.5, "rois_per_image": 77, "head_width": 33}
+    assert build.func is presets.pick_builder("mobilenetv2") and build.args == (5,)
+    assert model.items() <= build.keywords.items()
+    assert parts["transform"]["crop_size"] == 128  # 64 network pixels at a scale of 0.5
+    assert parts["loaders"]["batch_size"] == 3
+    schedule = {"learning_rate": 0.003, "time_budget": 120, "epochs": None, "validate_every": 5}
+    assert (schedule | {"precision": "float32"}).items() <= parts["fit"].items()
+    assert place == [tmp_path / "runs", "r"]
+    assert options.pop("ranks").first
+    assert options == {
+        "on_change": "continue", "workers": 0, "device": "cpu", "seed": 6, "save_every": 180,
+        "keep_checkpoints": 4, "tracker": "tensorboard",
+    }  # fmt: skip
+
+
+def test_each_option_of_report_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cellseg.report.build_report", built := Mock())
+    built.return_value.warnings = ["no words"]
+    told = run(
+        "report", tmp_path, "--title", "Cells", "--name", "A", "--student-id", "B",
+        "--data-set", "CoNSeP", "--output", "x.pdf", "--no-tissue",
+    )  # fmt: skip
+    assert "warning: no words" in told.stderr
+    built.assert_called_once_with(
+        tmp_path, title="Cells", name="A", student_id="B", data_set="CoNSeP", output=Path("x.pdf"),
+        tissue=False,
+    )  # fmt: skip
 
 
 def test_predict_wants_one_kind_of_images(tmp_path):

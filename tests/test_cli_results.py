@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from data_files import plain_image, write_png
 from tiny_models import CLASSES, tiny_model, write_squares
 from typer.testing import CliRunner
 
@@ -89,10 +91,30 @@ def test_a_checkpoint_away_from_its_run_looks_plainly(trained, dataset, tmp_path
     assert read_records(tmp_path / "x.json") == expected
 
 
-def test_held_out_samples_are_of_a_folder_of_samples(trained, tmp_path):
-    done = run("predict", trained / "best.pt", tmp_path / "x.json", "--release", "r", "--held-out")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--held-out",), "--held-out chooses samples of --train-dir"),
+        (("--ids", "a"), "--ids chooses samples of --train-dir; leave it out"),
+        (("--swapped",), "--swapped is for --image; leave it out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_options_of_other_images_than_those_named_are_refused(options, message, tmp_path):
+    done = run("predict", "best.pt", tmp_path / "x.json", "--release", "r", *options)
     assert isinstance(done.exception, SettingsError)
-    assert "--held-out chooses samples of --train-dir" in str(done.exception)
+    assert message in str(done.exception)
+
+
+def test_options_of_one_large_image_reach_its_prediction(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellseg.inference.predict_file", predicted := Mock(return_value=[]))
+    picture, output = write_png(tmp_path / "a.png", plain_image(40, 60)), tmp_path / "x.json"
+    options = ("--no-resume", "--swapped", "--tile-size", 32, "--overlap", 8, "--device", "cpu")
+    done = run("predict", trained / "best.pt", output, "--image", picture, *options)
+    assert "0 cells in 1 image" in done.output
+    (_, *places), looks = predicted.call_args
+    assert places == [picture, output]
+    assert looks == {"resume": False, "swapped": True, "tile_size": 32, "overlap": 8, **LOOKS}
 
 
 def write_found(path, *records):
@@ -136,6 +158,25 @@ def test_evaluate_writes_into_the_run_that_held_the_samples_out(trained, dataset
     assert (trained / "figures" / "gallery.png").exists()
     refused = run("evaluate", found, dataset.train_dir, "--run", trained, "--ids", "b")
     assert isinstance(refused.exception, SettingsError)
+
+
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ((), [0.7]),  # the mean of 0.9 and 0.5, as IoU is 11 / 13
+        (("--agreement", "best"), [0.9]),
+        (("--iou-threshold", 0.9), [0.45, 0.25]),  # two cells, each of one file of two
+    ],
+    ids=["plain", "best", "strict"],
+)
+def test_ensemble_merges_as_it_is_told(options, scores, tmp_path):
+    members = tmp_path / "members"
+    write_found(members / "one.json", record(1, 0))
+    write_found(members / "two.json", record(1, 0, score=0.5, down=1))
+    done = run("ensemble", members, "--output-dir", tmp_path / "out", "--num-labels", 2, *options)
+    assert done.exit_code == 0, done.output
+    merged = read_records(tmp_path / "out" / "test-results.json")
+    assert [entry["score"] for entry in merged] == pytest.approx(scores)
 
 
 def test_compare_says_the_paired_difference(dataset, tmp_path):

@@ -78,12 +78,7 @@ def predict(
     from cellseg.inference import predict_file, predict_images
     from cellseg.training import load_model, pick_device
 
-    if sum(source is not None for source in (release, train_dir, image)) != 1:
-        raise SettingsError(
-            "give either --release (test images), --train-dir (samples) or --image (a file)"
-        )
-    if held_out and (train_dir is None or ids is not None):
-        raise SettingsError("--held-out chooses samples of --train-dir; leave out --ids")
+    _check_images(release, train_dir, image, ids=ids, held_out=held_out, swapped=swapped)
     check_writable(output)
     model = load_model(checkpoint, pick_device(device))
     given = {
@@ -104,6 +99,28 @@ def predict(
     records = predict_images(model, images, **options)
     write_records(output, records)
     typer.echo(f"{len(records)} cells in {len(images)} images: {output}")
+
+
+def _check_images(
+    release: Path | None,
+    train_dir: Path | None,
+    image: Path | None,
+    *,
+    ids: str | None,
+    held_out: bool,
+    swapped: bool,
+) -> None:
+    """Raise SettingsError unless one kind of images is named, with options that belong to it."""
+    if sum(source is not None for source in (release, train_dir, image)) != 1:
+        raise SettingsError(
+            "give either --release (test images), --train-dir (samples) or --image (a file)"
+        )
+    if held_out and (train_dir is None or ids is not None):
+        raise SettingsError("--held-out chooses samples of --train-dir; leave out --ids")
+    if ids is not None and train_dir is None:
+        raise SettingsError("--ids chooses samples of --train-dir; leave it out")
+    if swapped and image is None:
+        raise SettingsError("--swapped is for --image; leave it out")
 
 
 def _sample_images(
