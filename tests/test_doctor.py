@@ -114,10 +114,12 @@ def test_the_command_prints_a_line_each_and_fails_if_something_essential_is_brok
     monkeypatch.setattr(
         cellseg.doctor, "examine", lambda **given: [told.update(given), finding][1:]
     )
-    done = CliRunner().invoke(cli.app, ["doctor", "--runs-dir", "elsewhere"])
+    options = ["--runs-dir", "elsewhere", "--predictions-dir", "there", "--device", "cpu"]
+    done = CliRunner().invoke(cli.app, ["doctor", *options])
     assert done.output.splitlines()[0] == start
     assert done.exit_code == (1 if start.startswith("MEND") else 0)
-    assert str(told["runs_dir"]) == "elsewhere"
+    given = {"runs_dir": Path("elsewhere"), "predictions_dir": Path("there"), "device": "cpu"}
+    assert told == given
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,8 @@ def test_the_command_prints_a_line_each_and_fails_if_something_essential_is_brok
         ("2.6.0+cpu", "torch==2.6.0", True),
         ("2.14.1", "torch (>=2.14.0)", True),
         ("2.15.0rc1", "torch>=2.15", True),
+        ("2.6", "torch>=2.6.0", True),
+        ("2.6", "torch==2.6.0", True),
         ("1.0", "jupyter", True),
         ("8.4", "pillow (!=8.3.*,>=5.3.0)", True),
     ],
@@ -234,6 +238,15 @@ def test_a_folder_that_cannot_be_written_is_told_and_none_is_made(tmp_path):
     (tmp_path / "file").write_text("")
     finding = machine.permission_finding("runs", tmp_path / "file" / "runs")
     assert finding.broken and "runs_dir" in finding.remedy
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_end_of_the_examination(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    finding = machine.permission_finding("runs", tmp_path / "shut" / "runs")
+    assert finding.line() == f"OK    writing runs: {tmp_path / 'shut' / 'runs'} can be written"
 
 
 def test_codecs_are_tried_on_the_releases_kind_of_image(monkeypatch):

@@ -81,7 +81,7 @@ def permission_finding(name: str, folder: Path) -> Finding:
 def _nearest(folder: Path) -> Path:
     """Return a path, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
 def _free_memory() -> int | None:

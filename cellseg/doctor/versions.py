@@ -105,7 +105,8 @@ def satisfies(version: str, requirement: str) -> bool:
     own = _numbers(version)
     for relation, text in re.findall(r"(==|>=)\s*([\w.]+)", requirement):
         wanted = _numbers(text)
-        if own < wanted if relation == ">=" else own[: len(wanted)] != wanted:
+        same = own + (0,) * (len(wanted) - len(own))  # 2.6 is 2.6.0
+        if same < wanted if relation == ">=" else same[: len(wanted)] != wanted:
             return False
     return True
 
