@@ -105,7 +105,9 @@ def test_augmentations_have_a_pane_each(sample):
 @pytest.mark.parametrize("count", [0, 1, 200])
 def test_learning_curves_of_any_length(count, tmp_path):
     summaries = [make_summary(epoch + 1, ap50=0.1, val_loss=1.0) for epoch in range(count)]
-    save_figure(plots.plot_learning_curves(summaries), tmp_path / "curves.png", dpi=40)
+    figure = plots.plot_learning_curves(summaries)
+    assert sum(len(line.get_xdata()) for line in figure.axes[0].lines[:2]) == 2 * count
+    save_figure(figure, tmp_path / "curves.png", dpi=40)
 
 
 def test_learning_curves_skip_epochs_without_validation_and_ring_the_best():
