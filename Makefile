@@ -37,7 +37,7 @@ chaos: $(STAMP) ## cause every fault that a run must survive; under six minutes 
 	@$(PY) tests/chaos.py
 
 fuzz: $(STAMP) ## try many more broken and hostile files than the tests do: make fuzz TIMES=50
-	CELLSEG_FUZZ=$(TIMES) $(PY) -m pytest tests/test_fuzz.py
+	CELLSEG_FUZZ=$(TIMES) $(PY) -m pytest tests/test_fuzz_*.py
 
 lint: $(STAMP) ## check style and format, the notebook included
 	$(PY) -m ruff check .
