@@ -1,5 +1,6 @@
 """COCO files as a release, `train/<sample>/image.*` and `classN.tif`."""
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -87,7 +88,7 @@ def _locate(images_dir: Path, file_name: str) -> Path | None:
     inside = not name.is_absolute() and ".." not in name.parts
     for candidate in ([name] if inside else []) + [PurePosixPath(name.name)]:
         path = images_dir / candidate
-        if candidate.name and path.is_file():
+        if candidate.name and os.path.isfile(path):  # a name too long is no file either
             return path
     return None
 

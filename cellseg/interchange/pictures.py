@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cellseg.coco import group_by_image, rle_area
+from cellseg.coco import MAX_PIXELS, group_by_image, rle_area
 from cellseg.data.dataset import CellDataset
 from cellseg.data.decoding import read_size
 from cellseg.data.reading import CLASS_NAMES
@@ -54,12 +54,13 @@ def list_pictures(
         sample_ids: only these of the samples; None for all.
 
     Raises:
-        DataError: if it is none of these, or an image is missing.
+        DataError: if it is none of these, or a sample has no image. Test images need not be there.
         SettingsError: if a sample_id is unknown.
     """
     images = Path(images)
     if images.is_file():
-        return [Picture(1, images.stem, images, images.name, read_size(images))]
+        size = read_size(images, max_pixels=MAX_PIXELS)  # as large as one that is segmented
+        return [Picture(1, images.stem, images, images.name, size)]
     for root in (images, images.parent) if images.name == TEST_NAME else (images,):
         if (root / INDEX_NAME).is_file():
             return _test_pictures(root, class_names)

@@ -1,6 +1,7 @@
 """The door for data of any layout: what a setting names becomes a release."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,7 +118,7 @@ def _holds_object(path: Path) -> bool:
 def _coco_annotations(path: Path) -> _Annotations:
     """Return a COCO file with the images that belong to it, looked for near it."""
     coco = read_coco(path)
-    folder, subset = path.parent, re.sub(r"^(instances|annotations)_", "", path.stem)
+    folder, subset = path.absolute().parent, re.sub(r"^(instances|annotations)_", "", path.stem)
     tops = (folder, folder.parent)
     places = [top / name for top in tops for name in ("images", subset, f"images/{subset}", ".")]
     for place in places:
@@ -137,5 +138,5 @@ def _fingerprint(files: Iterable[Path]) -> str:
     for path in files:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {content}\n"))
     return digest.hexdigest()

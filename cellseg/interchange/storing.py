@@ -23,7 +23,7 @@ from cellseg.files import write_atomically
 CONVERTED_SUFFIXES = (".jpg", ".jpeg", ".bmp")
 IMAGE_SUFFIXES = (*SUFFIXES, *CONVERTED_SUFFIXES)
 MAX_NAME = 150
-"""Characters of a sample's folder that are taken from its image's name."""
+"""Bytes of a sample's name that are taken from its image's; most systems take 255 in all."""
 
 
 @dataclass
@@ -98,7 +98,8 @@ def sample_names(files: Sequence[PurePosixPath]) -> list[str]:
     taken: set[str] = set()
     for file in files:
         parts = [part for part in file.with_suffix("").parts if part.strip("/.")]
-        name = re.sub(r'[<>:"|?*\x00-\x1f]', "_", "__".join(parts))[:MAX_NAME].strip(". ")
+        name = re.sub(r'[<>:"|?*\x00-\x1f]', "_", "__".join(parts))
+        name = name.encode(errors="ignore")[:MAX_NAME].decode(errors="ignore").strip(". ")
         if not name or name[0] in "._":  # folders that are passed over as hidden
             name = f"image{name}"
         tries = chain([name], (f"{name}-{number}" for number in count(2)))
