@@ -33,7 +33,7 @@ from cellseg.report.style import (
 
 _CURVE_LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 _TRUE_LINE, _FOUND_LINE, _RIVAL_LINE = "-", (0.0, (3.0, 2.0)), (0.0, (1.0, 1.6))
-_TILE_INCHES = 1.55
+_TILE_INCHES = 1.65
 _LEAST_CROP = 48  # px
 _MARGIN = 0.5  # of the longer side of what is shown, on each side
 

@@ -50,6 +50,7 @@ def plot_learning_curves(summaries: Sequence[Any]) -> Figure:
     """
     rows = [asdict(row) if is_dataclass(row) else dict(row) for row in summaries]
     figure = new_figure(8.8, 3.9)
+    figure.get_layout_engine().set(wspace=0.06)
     loss_axis, map_axis = figure.subplots(1, 2)
     _draw_curve(loss_axis, rows, "train_loss", "training", TRAIN_COLOUR, "-o")
     _draw_curve(loss_axis, rows, "val_loss", "validation", VAL_COLOUR, "-o")
