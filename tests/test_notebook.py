@@ -96,7 +96,7 @@ def test_without_a_release_made_tissue_stands_in_and_is_marked(tmp_path):
     index = root / "hw3-data-release" / "test_image_name_to_ids.json"
     check_results(executed.parent, root / "predictions", root, index)
     shown = markdown_of(executed)
-    assert shown.count("drawn tissue") >= 4
+    assert shown.count("drawn tissue, because quick is True") >= 4
     assert "in common with their nearest training image" in shown
     assert "holds exactly test-results.json" in shown and "for want of the test index" not in shown
     assert json.loads((executed.parent / "settings.json").read_text())["sample_data"] is True
