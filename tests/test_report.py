@@ -208,7 +208,9 @@ def test_evaluated_run_shows_intervals_errors_and_what_costs_most(tmp_path):
     # Of three lymphocytes one is found, and nothing is false.
     by_class = stored["intervals_per_class"]["lymphocyte"]
     shown = f"lymphocyte {by_class['value']:.3f} {by_class['low']:.3f}–{by_class['high']:.3f}"
-    assert f"{shown} 0.500 0.500 1.000 0.333 0.500 0.500 0.500" in text
+    ends = stored["nuclei_intervals_per_class"]["lymphocyte"]["pq"]
+    pq = f"0.500 {ends['low']:.3f}–{ends['high']:.3f}"
+    assert f"{shown} {pq} 0.500 1.000 0.333 0.500 0.500 0.500" in text
 
 
 def test_intervals_by_groups_are_called_so(tmp_path):

@@ -184,6 +184,8 @@ def export_cells(
     number, empty = sum(map(len, kept)), sum(not found for found in kept)
     images_text = f"{len(pictures)} images, {empty} of them without any"
     typer.echo(f"{number} of {len(cells)} cells in {images_text}: {output}")
+    if below := sum(cell.get("score", 1.0) < score_threshold for cell in cells):
+        typer.echo(f"{below} cells score below {score_threshold:g}: see --score-threshold")
 
 
 def _read_cells(

@@ -157,7 +157,7 @@ def _prediction(run_dir: Path, given: dict[str, Any]) -> dict[str, Any]:
         f"{name} {value} ({'given' if name in given else 'the run remembers it'})"
         for name, value in used.items()
     ]
-    typer.echo(f"prediction: {', '.join(parts) or 'plain'}; all else as predict_images has it")
+    typer.echo(f"prediction: {', '.join(parts) or 'plain'}; all else by default")
     return used
 
 

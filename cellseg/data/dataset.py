@@ -291,7 +291,7 @@ def list_sample_ids(train_dir: str | Path) -> list[str]:
     """
     train_dir = Path(train_dir)
     if not train_dir.is_dir():
-        raise DataError(f"{train_dir} is not a folder; check the path of the training data")
+        raise DataError(f"{train_dir} is not a folder; extract the archive, or check the path")
     names = [p.name for p in train_dir.iterdir() if p.is_dir() and p.name[0] not in "._"]
     if not names:
         raise DataError(f"{train_dir} holds no sample folders; check the path of the training data")

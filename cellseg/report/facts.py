@@ -205,23 +205,30 @@ def _scores(scores: Mapping[str, Any]) -> Facts:
 
 
 def _by_class(scores: Mapping[str, Any]) -> list[Facts]:
-    """Return the rows of the classes: AP50 with its interval, and the nuclei scores or none."""
-    intervals, nuclei = (
-        scores.get(key) or {} for key in ("intervals_per_class", "nuclei_per_class")
+    """Return the rows of the classes: AP50 and PQ with their intervals, the other nuclei scores."""
+    intervals, nuclei, nuclei_intervals = (
+        scores.get(key) or {}
+        for key in ("intervals_per_class", "nuclei_per_class", "nuclei_intervals_per_class")
     )
     rows = []
     for name, value in (scores.get("ap50_per_class") or {}).items():
-        ends = [_as_score((intervals.get(name) or {}).get(end)) for end in ("low", "high")]
         own = nuclei.get(name) or {}
         rows.append(
             {
                 "name": str(name),
                 "value": _as_score(value),
-                "interval": "–".join(ends) if all(ends) else None,
+                "interval": _ends(intervals.get(name)),
                 "nuclei": [_as_score(own.get(key)) for key in _CLASS_SHOWN] if nuclei else [],
+                "pq_interval": _ends((nuclei_intervals.get(name) or {}).get("pq")),
             }
         )
     return rows
+
+
+def _ends(interval: Mapping[str, Any] | None) -> str | None:
+    """Return the ends of an interval as text; None where there is none."""
+    ends = [_as_score((interval or {}).get(end)) for end in ("low", "high")]
+    return "–".join(ends) if all(ends) else None
 
 
 def _confusion(confusion: Mapping[str, Any]) -> Facts:
