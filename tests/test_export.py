@@ -227,6 +227,7 @@ def test_the_command_line_takes_in_and_gives_out(tmp_path):
     for to, out in (("labels", "l"), ("geojson", "g"), ("csv", "t.csv"), ("coco", "c.json")):
         given = run("export", tmp_path / "r.json", tmp_path / out, "--to", to, *about)
         assert "1 of 2 cells" in given.output, given.output
+        assert "left out below a score of 0.5 (--score-threshold): 1" in given.output
         assert (tmp_path / out).exists()
     assert read_table(tmp_path / "t.csv")[0]["area_px2"] == "12"
     assert [p.name for p in (tmp_path / "g").iterdir()] == ["a.geojson"]

@@ -185,7 +185,7 @@ def export_cells(
     images_text = f"{len(pictures)} images, {empty} of them without any"
     typer.echo(f"{number} of {len(cells)} cells in {images_text}: {output}")
     if below := sum(cell.get("score", 1.0) < score_threshold for cell in cells):
-        typer.echo(f"{below} cells score below {score_threshold:g}: see --score-threshold")
+        typer.echo(f"left out below a score of {score_threshold:g} (--score-threshold): {below}")
 
 
 def _read_cells(
