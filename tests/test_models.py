@@ -391,7 +391,7 @@ def test_one_class_is_not_enough():
 
 def test_a_model_past_the_courses_limit_is_refused(monkeypatch):
     monkeypatch.setattr(builders, "MAX_TRAINABLE_PARAMETERS", 1_000_000)
-    with pytest.raises(SettingsError, match=r"has 1,868,191 trainable .* lower fpn_channels"):
+    with pytest.raises(SettingsError, match=r"has 1,868,225 trainable .* lower fpn_channels"):
         tiny_model()
     assert count_trainable_parameters(tiny_model(trainable_stages=0)) < 1_000_000
 

@@ -94,7 +94,7 @@ def test_coco_weights_keep_all_but_the_class_heads(coco_like):
 
 def test_a_detector_of_the_same_classes_is_kept_whole(coco_like, tmp_path):
     _, path = coco_like
-    model = get_model_resnet50v2(91, weights=path, norm="trained", class_masks=True)
+    model = get_model_resnet50v2(91, weights=path, norm="trained")
     assert "coco_like.pth: all" in model.provenance and "re-made" not in model.provenance
 
 
@@ -150,8 +150,7 @@ def test_a_models_own_file_goes_into_the_whole_of_it(tmp_path):
         torch.equal(value, source.state_dict()[key]) for key, value in same.state_dict().items()
     )
     assert same.provenance.startswith("file own.pt: all ")
-    boxes_only = sorted(name for name in CLASS_HEADS if "mask" not in name)  # one mask for all
-    assert other.provenance.endswith("re-made: " + ", ".join(boxes_only))
+    assert other.provenance.endswith("re-made: " + ", ".join(sorted(CLASS_HEADS)))
     key = "rpn.head.cls_logits.weight"
     assert torch.equal(other.state_dict()[key], source.state_dict()[key])
 
