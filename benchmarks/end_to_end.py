@@ -112,9 +112,7 @@ def stub_network(model: GeneralizedRCNN) -> GeneralizedRCNN:
 
 def make_model(side: str, width: int) -> GeneralizedRCNN:
     """Return the same network as torchvision's Mask R-CNN or as ours."""
-    ours = get_model_mobilenetv2(
-        NUM_CLASSES, weights=None, norm="frozen", fpn_channels=width, class_masks=True
-    )
+    ours = get_model_mobilenetv2(NUM_CLASSES, weights=None, norm="frozen", fpn_channels=width)
     return ours if side == "ours" else usual_model(ours, NUM_CLASSES, SIDE)
 
 

@@ -58,8 +58,7 @@ def usual_model(ours: GeneralizedRCNN, num_classes: int, side: int) -> MaskRCNN:
     """Return torchvision's Mask R-CNN around the same network, with the same weights.
 
     Args:
-        ours: a model of this package with `class_masks`, as torchvision's always has; its backbone
-            is used, its weights are copied.
+        ours: a model of this package; its backbone is used, its weights are copied.
         num_classes: background included.
         side: of the images, px, which torchvision's transform then leaves as they are.
     """

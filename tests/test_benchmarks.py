@@ -244,7 +244,7 @@ def test_the_usual_dataset_holds_the_same_cells(tmp_path):
 
 
 def test_both_sides_of_a_step_have_the_same_network_and_stubs_of_its_shapes():
-    ours = get_model_mobilenetv2(5, weights=None, fpn_channels=8, head_width=16, class_masks=True)
+    ours = get_model_mobilenetv2(5, weights=None, fpn_channels=8, head_width=16)
     usual = usual_model(ours, num_classes=5, side=64)
     for name, value in ours.state_dict().items():
         assert torch.equal(usual.state_dict()[name], value)

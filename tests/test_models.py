@@ -75,7 +75,6 @@ def test_options_reach_the_parts():
     model = tiny_model(
         6, anchor_sizes=(6, 12, 24, 48, 96), rpn_samples=32, rois_per_image=64, train_proposals=7,
         proposals=7000, detections_per_image=7, score_threshold=0.01, nms_threshold=0.3,
-        class_masks=True,
     )  # fmt: skip
     squares = [cells[1, 2] * 2 for cells in model.rpn.anchor_generator.cell_anchors]
     assert [int(side) for side in squares] == [6, 12, 24, 48, 96]
@@ -101,8 +100,8 @@ def test_sizes_of_rois_and_depth_of_the_mask_head_are_options():
     assert len(convolutions) == 2
 
 
-def test_one_mask_serves_whatever_class():
-    model = tiny_model(4, score_threshold=0.0).train()
+def test_one_mask_for_whatever_class_is_an_option():
+    model = tiny_model(4, class_masks=False, score_threshold=0.0).train()
     assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 1
     squares = [(1, 4, 5, 24, 25), (2, 30, 8, 60, 40)]
     losses_of(model, make_image(HEIGHT, WIDTH, squares), make_target(HEIGHT, WIDTH, squares))[

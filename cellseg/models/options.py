@@ -42,8 +42,7 @@ class DetectorOptions:
         mask_roi_size: the same for the mask head; its mask has twice as many pixels a side.
         mask_layers: convolutions of the mask head.
         class_masks: the mask head draws a mask for each class, of which the box head's class is
-            taken, as in He et al. 2017; if False one for whatever class, which learns from every
-            cell, those of rare classes too.
+            taken; if False one for whatever class, which learns from every cell.
         train_proposals: boxes that the RPN hands on in training, of each level and in all, out of
             which RoIs are drawn.
         proposals: the same in evaluation for each network megapixel (10^6 pixels) of an image, no
@@ -72,7 +71,7 @@ class DetectorOptions:
     box_roi_size: int = 7
     mask_roi_size: int = 14
     mask_layers: int = 4
-    class_masks: bool = False
+    class_masks: bool = True
     train_proposals: int = 1000
     proposals: int = 2000
     detections_per_image: int = 2500
