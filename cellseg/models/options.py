@@ -42,7 +42,8 @@ class DetectorOptions:
         mask_roi_size: the same for the mask head; its mask has twice as many pixels a side.
         mask_layers: convolutions of the mask head.
         class_masks: the mask head draws a mask for each class, of which the box head's class is
-            taken; if False one for whatever class, which learns from every cell.
+            taken, as in He et al. 2017; if False one for whatever class, which learns from every
+            cell, those of rare classes too.
         train_proposals: boxes that the RPN hands on in training, of each level and in all, out of
             which RoIs are drawn.
         proposals: the same in evaluation for each network megapixel (10^6 pixels) of an image, no
