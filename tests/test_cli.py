@@ -249,5 +249,16 @@ def test_commands_take_the_names_that_the_release_tells(tmp_path):
     assert list(scores["ap50_per_class"]) == ["spindle", "round"]
 
 
+def test_ids_are_a_list_or_a_file_of_one_a_line(tmp_path):
+    (tmp_path / "ids.txt").write_text("a\r\n\r\nb c \r\n", encoding="utf-8-sig")  # by Windows
+    assert shared.read_ids(str(tmp_path / "ids.txt")) == ["a", "b c"]
+    assert shared.read_ids(" a,b c, ") == ["a", "b c"]
+    assert shared.read_ids(None) is None
+    (tmp_path / "none.txt").write_text("\n")
+    for empty in ("", ",", str(tmp_path / "none.txt")):
+        with pytest.raises(SettingsError, match="names no sample; give names of folders"):
+            shared.read_ids(empty)
+
+
 def test_a_long_list_of_ids_is_not_taken_for_a_file():
     assert shared.read_ids(",".join(["sample"] * 200)) == ["sample"] * 200

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from typer.models import OptionInfo
 
+from cellseg.errors import SettingsError
 from cellseg.files import read_text
 
 app = typer.Typer(
@@ -58,9 +59,16 @@ def pick_names(names: str | None, data: Path) -> tuple[str, ...]:
 
 
 def read_ids(ids: str | None) -> list[str] | None:
-    """Return ids given with commas between, or one a line in a file."""
+    """Return ids given with commas between, or one a line in a file; None if none are given.
+
+    Raises:
+        SettingsError: if an option is given that names no sample.
+    """
     if ids is None:
         return None
     # A long list is no name of a file: the system refuses to look for it, which isfile forgives.
     text = read_text(ids) if os.path.isfile(ids) else ids.replace(",", "\n")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise SettingsError(f"{ids!r} names no sample; give names of folders, or a file of them")
+    return found
