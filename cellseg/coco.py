@@ -243,7 +243,7 @@ def read_records(
     """
     path = Path(path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RecordsError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits

@@ -82,6 +82,8 @@ def test_file_there_and_back_is_sorted_and_leaves_input_alone(tmp_path):
 def test_no_records_is_a_valid_file(tmp_path):
     coco.write_records(tmp_path / "none.json", [])
     assert coco.read_records(tmp_path / "none.json") == []
+    (tmp_path / "none.json").write_bytes(b"\xef\xbb\xbf[]")  # with the mark that Windows sets
+    assert coco.read_records(tmp_path / "none.json") == []
 
 
 def changed(**change):
