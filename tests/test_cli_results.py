@@ -83,7 +83,10 @@ def test_a_checkpoint_away_from_its_run_looks_plainly(trained, dataset, tmp_path
     away = shutil.copy(trained / "best.pt", tmp_path / "away.pt")
     place = ("--train-dir", dataset.train_dir, "--ids", "b", "--device", "cpu")
     done = run("predict", away, tmp_path / "x.json", *place, "--views", "plain")
-    assert done.exit_code == 0 and "prediction: views plain (given); all else as" in done.output
+    assert (
+        done.exit_code == 0
+        and "prediction: views plain (given); all else by default" in done.output
+    )
     images = SampleImages(dataset.subset(["b"]))
     expected = predict_images(load_model(away), images, progress=False)
     assert read_records(tmp_path / "x.json") == expected
