@@ -190,7 +190,7 @@ def test_report_tells_the_run_in_the_course_order(tmp_path):
 def test_settings_stand_beside_their_reasons(tmp_path):
     text = read_text(build_report(write_run(tmp_path / "run")))
     assert "anchor sizes 8, 16 network pixels; the usual 32 to 512 are larger" in text
-    assert "learning rate 0.0004 AdamW; random and narrow heads bear more" in text
+    assert "learning rate 0.0004 AdamW; on tissue 5e-4 beat 1e-3 and 2e-3" in text
     assert "flip yes" in text
 
 
