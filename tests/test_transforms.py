@@ -11,6 +11,7 @@ from cellseg.data import transforms
 from cellseg.data.transforms import (
     TrainTransform,
     color_matrix,
+    cut_sample,
     flip_and_turn,
     jitter_color,
     mix_channels,
@@ -203,6 +204,19 @@ def test_slivers_are_dropped_and_ids_renumbered(min_visible, labels, reason):
     assert target["boxes"].tolist() == [boxes[label] for label in labels]
     marks = sorted(set(target["instance_map"].flatten().tolist()) - {0})
     assert marks == list(range(1, len(labels) + 1))
+
+
+def test_a_window_of_a_sample_has_its_own_places_and_numbers():
+    """Cell 1 is 8 x 8 at (6, 4), of which the window shows a column; cell 2 lies in it."""
+    image, target = _sample()
+    part, cells = cut_sample(image, {**target, "image_id": 3}, (13, 2, 36, 22))
+    assert torch.equal(part, image[:, 2:22, 13:36])
+    assert cells["boxes"].tolist() == [[0, 2, 1, 10], [20, 18, 21, 19]]
+    assert cells["labels"].tolist() == target["labels"][:2].tolist() and cells["image_id"] == 3
+    assert cells["instance_map"].shape == (1, 20, 23)
+    _, whole = cut_sample(image, target, (13, 2, 36, 22), min_visible=0.2)
+    assert whole["boxes"].tolist() == [[20, 18, 21, 19]]
+    assert int(whole["instance_map"].max()) == 1 and int(target["instance_map"].max()) == 3
 
 
 def test_areas_are_summed_over_layers_and_empty_layers_go():

@@ -8,6 +8,9 @@ import torch
 from tiny_models import make_image, make_target, tiny_model
 from torch import nn
 
+from cellseg.data import cut_sample
+from cellseg.inference import predict_images
+from cellseg.inference.tiles import plan_for_model
 from cellseg.training import validate
 from cellseg.training.validation import forked_seed, losses_and_detections
 
@@ -109,6 +112,43 @@ def test_records_come_sorted_with_their_images():
     assert set(ids) == {2, 4} and ids == sorted(ids)
     sizes = {record["image_id"]: record["segmentation"]["size"] for record in result.records}
     assert sizes == {2: [56, 50], 4: [40, 72]}
+
+
+def test_a_large_image_is_examined_in_the_tiles_that_predict_it():
+    """Records as `predict_images` has them; the loss is the mean over the tiles' own samples."""
+    size = 150, 260
+    cells = [(1 + i % 2, x, y, x + 14, y + 12) for i, (x, y) in enumerate(
+        (x, y) for x in range(4, 240, 31) for y in range(5, 130, 29)
+    )]  # fmt: skip
+    model = tiny_model(seed=2, score_threshold=0.0)
+    image, target = make_image(*size, cells), make_target(*size, cells, image_id=9)
+    found = validate(model, [([image], [target])], seed=5, tile_size=128, progress=False)
+
+    expected = predict_images(
+        model, [(image, 9)], tile_size=128, score_threshold=0.0, progress=False
+    )
+    assert len(expected) > 20 and found.records == expected
+
+    tiles = plan_for_model(model.eval(), size, tile_size=128)
+    assert len(tiles) > 2
+    with forked_seed(5, CPU):
+        losses = []
+        for tile in tiles:
+            part, cut = cut_sample(image, target, tile.window, min_visible=0.25)
+            losses.append(losses_and_detections(model, [part], [cut])[0])
+    for name, value in found.losses.items():
+        mean = sum(float(loss[name]) for loss in losses) / len(losses)
+        assert value == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_small_image_beside_a_large_one_is_examined_whole():
+    small, large = batches()[0], ([make_image(150, 260)], [make_target(150, 260, [], image_id=7)])
+    model = tiny_model(seed=2, score_threshold=0.0)
+    mixed = [(small[0] + large[0], small[1] + large[1])]
+    together = validate(model, mixed, tile_size=128, progress=False)
+    alone = validate(model, [small], tile_size=128, progress=False)
+    assert [r for r in together.records if r["image_id"] == 4] == alone.records
+    assert {r["image_id"] for r in together.records} == {4, 7}
 
 
 def test_a_failing_batch_leaves_the_mode_as_it_was():

@@ -30,7 +30,7 @@ from cellseg.data.similarity import (
 )
 from cellseg.data.splits import make_folds, split_ids
 from cellseg.data.tissue import make_tissue
-from cellseg.data.transforms import TrainTransform, update_target
+from cellseg.data.transforms import TrainTransform, cut_sample, update_target
 
 __all__ = [
     "CLASS_NAMES",
@@ -49,6 +49,7 @@ __all__ = [
     "TestImage",
     "TrainTransform",
     "audit",
+    "cut_sample",
     "detect_channel_order",
     "download_release",
     "extract_archive",

@@ -159,6 +159,28 @@ def place(
     return flip_and_turn(pixels, placement.turn)
 
 
+def cut_sample(
+    image: torch.Tensor,
+    target: Target,
+    window: tuple[int, int, int, int],
+    *,
+    min_visible: float = 0.0,
+) -> tuple[torch.Tensor, Target]:
+    """Return the part of a sample that a window shows; the inputs are left as they were.
+
+    Args:
+        image: [3, H, W].
+        target: with `labels` and `instance_map` [L, H, W]; further entries are handed on.
+        window: xyxy, half-open, within the image.
+        min_visible: drop a cell of which less than this share of its area shows, in 0-1.
+    """
+    left, top, right, bottom = window
+    labels, instance_map = target["labels"], target["instance_map"]
+    part = instance_map[:, top:bottom, left:right].contiguous()
+    cells = update_target(part, labels, count_areas(instance_map, len(labels)), min_visible)
+    return image[:, top:bottom, left:right], {**target, **cells}
+
+
 def update_target(
     instance_map: torch.Tensor,
     labels: torch.Tensor,
