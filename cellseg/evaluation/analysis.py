@@ -12,10 +12,11 @@ A false record is, by the first that holds (the order of its authors' code):
 A cell is "missed" if no record found it and no poor mask or wrong class is nearest to it. Gains do
 not add up: mending one kind uncovers or hides another.
 
-Figures are those of the authors' tidecv 1.0.1 but for two things. There an IoU of exactly 0.5 on a
-cell that is found makes a poor mask, here, as in the paper, a duplicate. There a cell that both a
+Figures are those of the authors' tidecv 1.0.1 but for three things. There an IoU of exactly 0.5 on
+a cell that is found makes a poor mask, here, as in the paper, a duplicate. There a cell that both a
 wrong class and a poor mask could find goes to the surer of them, so that mending the other kind
-alone leaves it unfound.
+alone leaves it unfound. There precision is read at recalls of exactly k / 100, here where
+pycocotools reads it, some of them 1e-17 to the side.
 """
 
 from collections.abc import Iterator, Sequence
