@@ -16,7 +16,7 @@ Figures are those of the authors' tidecv 1.0.1 but for three things. There an Io
 a cell that is found makes a poor mask, here, as in the paper, a duplicate. There a cell that both a
 wrong class and a poor mask could find goes to the surer of them, so that mending the other kind
 alone leaves it unfound. There precision is read at recalls of exactly k / 100, here where
-pycocotools reads it, some of them 1e-17 to the side.
+pycocotools reads it, some of them a rounding error to the side.
 """
 
 from collections.abc import Iterator, Sequence
