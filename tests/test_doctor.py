@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from typer.testing import CliRunner
 
 import cellseg.doctor
@@ -319,9 +320,17 @@ def test_the_weights_looked_for_are_those_that_the_builders_fetch(monkeypatch):
     assert looked == fetched
 
 
-def test_a_training_step_is_taken():
+@pytest.mark.parametrize(
+    ("can_do", "what"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx2": True}, r"float32 \(this CPU does not multiply bfloat16, .*\)"),
+    ],
+)
+def test_a_training_step_is_taken(monkeypatch, can_do, what):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can_do, raising=False)
     (finding,) = found("training step", device="cpu")
-    assert re.fullmatch(r"OK    training step: on cpu in b?float(16|32), \d+\.\d s", finding.line())
+    assert re.fullmatch(rf"OK    training step: on cpu in {what}, \d+\.\d s", finding.line())
 
 
 def test_a_training_step_without_a_finite_loss_is_told(monkeypatch):
