@@ -39,6 +39,11 @@ def code(text: str) -> str:
     return f"`{text}`" if escaped == text else f"<code>{escaped}</code>"
 
 
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: "1,204 cells"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:
     """Return the first items in a line, and how many more there are: "a, b and 3 more"."""
     more = len(items) - most

@@ -146,7 +146,7 @@ class Audit:
         if not self.channel_differences:
             return meaning
         median = np.median(self.channel_differences)
-        images = _plural(len(self.channel_differences), "image")
+        images = markdown.count_text(len(self.channel_differences), "image")
         return f"{meaning}; B - R in nuclei minus outside: median {median:+.0f} of {images}"
 
     def _class_table(self) -> str:
@@ -261,7 +261,7 @@ def _name_cells(ids: np.ndarray, numbers: np.ndarray, unit: str, most: int = 5) 
     """Return "3 cells: id 4 (2 px), id 9 (7 px), id 11 (1 px)", the first few of them."""
     named = [f"id {i} ({n} {unit})" for i, n in zip(ids[:most], numbers[:most], strict=True)]
     rest = ", ..." if len(ids) > most else ""
-    return f"{_plural(len(ids), 'cell')}: {', '.join(named)}{rest}"
+    return f"{markdown.count_text(len(ids), 'cell')}: {', '.join(named)}{rest}"
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -269,8 +269,3 @@ def _spread(values: Sequence[int]) -> str:
     if not values:
         return "-"
     return f"{np.median(values):.0f} ({min(values)}-{max(values)})"
-
-
-def _plural(number: int, noun: str) -> str:
-    """Return the number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

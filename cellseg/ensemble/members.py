@@ -44,18 +44,13 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """Return the markdown lines that name the file and its first faults."""
-        number = count_text(len(self.faults), "fault")
+        number = markdown.count_text(len(self.faults), "fault")
         shown = markdown.first_lines(self.faults, FAULTS_SHOWN)
         return [
             f"**Left out: {markdown.code(self.path.name)}, {number}**",
             "",
             *(f"- {markdown.escape(' '.join(fault.split()))}" for fault in shown),
         ]
-
-
-def count_text(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def find_files(paths_or_dir: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -121,7 +116,7 @@ def _read_member(path: Path, allowed: Mapping[str, object]) -> Member:
     notes = mend_forms(content)
     faults = check_records(content, **allowed)
     if faults:
-        raise RecordsError(f"{path} has {count_text(len(faults), 'fault')}", faults)
+        raise RecordsError(f"{path} has {markdown.count_text(len(faults), 'fault')}", faults)
     notes += compare_boxes(content)
     return Member(path, RecordTable.from_records(content), hashlib.sha256(data).hexdigest(), notes)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellseg import markdown
 from cellseg.coco import Record, make_records
-from cellseg.ensemble.members import LeftOut, Member, count_text, find_files, read_members
+from cellseg.ensemble.members import LeftOut, Member, find_files, read_members
 from cellseg.ensemble.rules import RULE_TEXTS, RULES
 from cellseg.ensemble.tuning import AGREEMENT, IOU_THRESHOLD, Tuning
 from cellseg.errors import RecordsError, SettingsError
@@ -41,8 +41,8 @@ class EnsembleResult:
     def summary(self) -> str:
         """Return a markdown table of the members; files left out stand in bold, with faults."""
         number = sum(member.weight > 0 for member in self.members)
-        merged = count_text(len(self.records), "record")
-        lines = [f"{count_text(number, 'file')} merged into {merged}.", "", self._table()]
+        merged = markdown.count_text(len(self.records), "record")
+        lines = [f"{markdown.count_text(number, 'file')} merged into {merged}.", "", self._table()]
         lines += [
             "",
             f"One cell: mask IoU > {self.iou_threshold:g} ({self.chosen['iou_threshold']}). Score: "
